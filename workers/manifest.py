@@ -1,4 +1,4 @@
-"""What makes a directory of files complete: a manifest, written last, that names every file with its size and SHA-256."""
+"""What makes a directory of files complete: a manifest, written last, that names each file with size and SHA-256."""
 
 from __future__ import annotations
 

@@ -1,0 +1,65 @@
+"""Per-sample training losses of a model on a TrainingPair, for each thing a model may predict."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor
+
+from mixflow_core.interpolant import Interpolant, broadcast
+from mixflow_core.mixture import TrainingPair
+
+Prediction = Literal["velocity", "noise", "score", "data"]
+Weighting = Literal["none", "velocity", "likelihood"]
+Model = Callable[[Tensor, Tensor], Tensor]
+
+
+def per_sample_loss(
+    model: Model,
+    pair: TrainingPair,
+    interpolant: Interpolant,
+    *,
+    prediction: Prediction = "velocity",
+    weighting: Weighting = "none",
+) -> Tensor:
+    """Squared error of model(x_m, t), averaged over all but the batch dimension: shape (B,).
+
+    The last line of Algorithm 1 for `velocity`: || u_theta(x_m, t) - u* ||^2. For `noise` the residual is out - x0, for
+    `score` it is sigma out + x0, for `data` out - x1 (SiT's losses, where m = t). `weighting` multiplies the noise and
+    score losses by (drift_variance / sigma)^2 (`velocity`) or drift_variance / sigma^2 (`likelihood`), taken at the
+    target's time; it does not apply to the others.
+
+    Raises:
+        ValueError: a weighting was asked for where none is defined.
+    """
+    if weighting != "none" and prediction not in ("noise", "score"):
+        raise ValueError(f"weighting must be 'none' for {prediction} prediction, got {weighting!r}")
+    out = model(pair.x_m, pair.t)
+    sigma = interpolant.coefficients(pair.target_time).sigma
+    if prediction == "velocity":
+        residual = out - pair.target
+    elif prediction == "noise":
+        residual = out - pair.x0
+    elif prediction == "score":
+        residual = broadcast(sigma, out) * out + pair.x0
+    else:
+        residual = out - pair.x1
+    loss = residual.square().flatten(1).mean(1)
+    if weighting == "velocity":
+        return loss * (interpolant.drift_variance(pair.target_time) / sigma) ** 2
+    if weighting == "likelihood":
+        return loss * interpolant.drift_variance(pair.target_time) / sigma**2
+    return loss
+
+
+def velocity_field(model: Model, interpolant: Interpolant, prediction: Prediction) -> Model:
+    """The velocity u(x, t) that a model of any prediction type implies, for samplers."""
+    if prediction == "velocity":
+        return model
+    convert = {
+        "noise": interpolant.velocity_from_noise,
+        "score": interpolant.velocity_from_score,
+        "data": interpolant.velocity_from_data,
+    }[prediction]
+    return lambda x, t: convert(model(x, t), x=x, t=t)

@@ -1,0 +1,122 @@
+"""MixFlow's slowed interpolation mixture (Algorithm 1 of arXiv 2512.19311), its ablation and its matched control.
+
+One iteration of Algorithm 1, as `loss.per_sample_loss` runs it:
+
+    t ~ Beta(2, 1)                            SlowedMixture.draw
+    m ~ Uniform[(1 - gamma) t, t]             SlowedMixture.draw
+    x_m = alpha(m) x1 + sigma(m) x0           SlowedMixture.pair
+    || u_theta(x_m, t) - u*(x_m, m) ||^2      the network sees the interpolation at m but is told t
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mixflow_core.interpolant import Interpolant
+
+
+class TimePair(NamedTuple):
+    """Times of a batch, each (B,) in [0, 1]: `t` is what the network is told, `m` where the sample lies."""
+
+    t: Tensor
+    m: Tensor
+
+
+class TrainingPair(NamedTuple):
+    """What one training step sees: the sample x_m (B, ...), the time t it is labelled with, and its true target.
+
+    `target` is the velocity u* at `target_time` (which is m, or t for MixFlow's variant on curved paths).
+    """
+
+    x_m: Tensor
+    t: Tensor
+    m: Tensor
+    target_time: Tensor
+    target: Tensor
+    x0: Tensor
+    x1: Tensor
+
+
+@dataclass(frozen=True)
+class SlowedMixture:
+    """The joint law of (t, m), in this order: time law, then shift, then slowing.
+
+    Attributes:
+        time_law: `beta` is Beta(2, 1), density 2t, the paper's; `uniform` on [0, 1]; `logit_normal` is the logistic
+            function of a standard normal.
+        shift: timestep shift, >= 1, applied to s = 1 - t as s -> shift s / (1 + (shift - 1) s) before slowing; 1: none.
+        slowing_law: `interval`: m ~ U[(1 - gamma) t, t], the paper's. `independent`: m ~ U[0, 1] whatever t is, a row
+            of the paper's ablation.
+        gamma: range of the slowing, in [0, 1]; 0 gives m = t, standard interpolation; 0.8 is the paper's choice for
+            SiT, 0.4 for RAE. Only `interval` has a range, so `independent` asks for 0.
+        target_time: `m`: the target is u*(x_m, m); `t`: it is u*(x_t, t), which differs only on curved paths.
+        condition_on: `t`: MixFlow. `m`: the matched-marginal control, which draws (t, m) the same way and then tells
+            the network m, so that it trains on the same noise levels as often, without slowing. It has no counterpart
+            in the paper.
+    """
+
+    time_law: Literal["beta", "uniform", "logit_normal"]
+    slowing_law: Literal["interval", "independent"]
+    gamma: float
+    target_time: Literal["m", "t"]
+    condition_on: Literal["t", "m"] = "t"
+    shift: float = 1.0
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012 - read by pydantic, not a field
+
+    def __post_init__(self) -> None:
+        """Raises ValueError when a value is out of its range."""
+        if not 0 <= self.gamma <= 1:
+            raise ValueError(
+                f"gamma must lie in [0, 1], got {self.gamma}; 0 is standard interpolation, 0.8 the paper's"
+            )
+        if self.slowing_law == "independent" and self.gamma != 0:
+            raise ValueError(f"gamma must be 0 with slowing_law 'independent', got {self.gamma}; set gamma to 0")
+        if not 1 <= self.shift < float("inf"):
+            raise ValueError(f"shift must be at least 1, got {self.shift}; 1 is no shift")
+
+    @property
+    def is_standard(self) -> bool:
+        """Whether the network is always told the time at which its sample lies."""
+        return self.condition_on == "m" or (self.slowing_law == "interval" and self.gamma == 0)
+
+    def draw(self, u: Tensor) -> TimePair:
+        """Times from uniform numbers in [0, 1), shape (B, 2), by inverse distribution functions.
+
+        The first column makes t, the second m, so that arms which differ in their slowing share their t.
+        """
+        t = self._time(u[:, 0])
+        m = t - self.gamma * t * u[:, 1] if self.slowing_law == "interval" else u[:, 1]
+        return TimePair(t=m if self.condition_on == "m" else t, m=m)
+
+    def pair(self, interpolant: Interpolant, times: TimePair, *, x0: Tensor, x1: Tensor) -> TrainingPair:
+        """The training pair at these times for noise x0 and data x1, both (B, ...)."""
+        target_time = times.m if self.target_time == "m" else times.t
+        return TrainingPair(
+            x_m=interpolant.interpolate(x0=x0, x1=x1, t=times.m),
+            t=times.t,
+            m=times.m,
+            target_time=target_time,
+            target=interpolant.velocity(x0=x0, x1=x1, t=target_time),
+            x0=x0,
+            x1=x1,
+        )
+
+    def _time(self, u: Tensor) -> Tensor:
+        if self.time_law == "beta":
+            t = torch.sqrt(u)
+        elif self.time_law == "uniform":
+            t = u
+        else:
+            t = torch.sigmoid(torch.special.ndtri(u))
+        return t if self.shift == 1 else shift_time(t, self.shift)
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """Moves times towards the noise: s -> shift s / (1 + (shift - 1) s) on s = 1 - t, any shape, shift >= 1."""
+    s = 1 - t
+    return 1 - shift * s / (1 + (shift - 1) * s)

@@ -1,0 +1,216 @@
+"""Samplers: integrate dx/dt = u(x, t) from noise at t = 0 to data at t = 1 (or the SDE with the same marginals).
+
+Every sampler takes a field u(x, t) with x (B, ...) and t (B,), a start x, and a time grid of num_steps + 1 times:
+`num_steps` always means steps. The published SiT code counts the grid's points instead (50 points are 49 steps).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mixflow_core.interpolant import Interpolant, broadcast
+from mixflow_core.mixture import shift_time
+
+Field = Callable[[Tensor, Tensor], Tensor]
+Noise = Callable[[int], Tensor]
+Method = Literal["euler", "heun", "dopri5", "sde"]
+DiffusionForm = Literal["sbdm", "sigma", "linear", "decreasing", "increasing_decreasing"]
+LastStep = Literal["none", "mean", "tweedie", "euler"]
+
+
+class CountedField:
+    """A field that counts its network evaluations: NFE is what was called, not what a formula says.
+
+    Args:
+        field: u(x, t).
+        evaluations_per_call: 2 for classifier-free guidance (a conditional and an unconditional row for each sample).
+    """
+
+    def __init__(self, field: Field, evaluations_per_call: int = 1) -> None:
+        self.field = field
+        self.evaluations_per_call = evaluations_per_call
+        self.nfe = 0
+
+    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
+        """u(x, t); t may be a scalar, which is given to every sample."""
+        self.nfe += self.evaluations_per_call
+        return self.field(x, t.to(x.dtype).expand(x.shape[0]))
+
+
+def time_grid(num_steps: int, *, start: float = 0.0, end: float = 1.0, shift: float = 1.0) -> Tensor:
+    """num_steps + 1 times from start to end, evenly spaced, then shifted towards the noise; float32.
+
+    Raises:
+        ValueError: num_steps is not positive.
+    """
+    if num_steps < 1:
+        raise ValueError(f"num_steps must be at least 1, got {num_steps}")
+    grid = torch.linspace(start, end, num_steps + 1)
+    return grid if shift == 1 else shift_time(grid, shift)
+
+
+def euler(field: Field, x: Tensor, grid: Tensor) -> list[Tensor]:
+    """Euler's method; the states at every time of the grid, the start first."""
+    states = [x]
+    for t, t_next in pairwise(grid):
+        x = x + (t_next - t) * field(x, t)
+        states.append(x)
+    return states
+
+
+def heun(field: Field, x: Tensor, grid: Tensor) -> list[Tensor]:
+    """Heun's second-order method (two evaluations a step); the states at every time of the grid."""
+    states = [x]
+    for t, t_next in pairwise(grid):
+        h = t_next - t
+        slope = field(x, t)
+        x = x + h * (slope + field(x + h * slope, t_next)) / 2
+        states.append(x)
+    return states
+
+
+def dopri5(field: Field, x: Tensor, grid: Tensor, *, atol: float = 1e-6, rtol: float = 1e-3) -> list[Tensor]:
+    """Adaptive Dormand-Prince 5(4) by torchdiffeq; the grid only says which states are returned.
+
+    The step size follows the error over the whole batch, so samples depend on their batch mates, and the network may be
+    called slightly beyond the last time (torchdiffeq interpolates back).
+    """
+    from torchdiffeq import odeint  # 0.5 s to import, needed by no other sampler
+
+    return list(odeint(lambda t, state: field(state, t), x, grid, method="dopri5", atol=atol, rtol=rtol))
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """The diffusion w(t) of dx = [u + w score] dt + sqrt(2 w) dW: any w >= 0 keeps the marginals.
+
+    Attributes:
+        form: `sbdm`: the interpolant's drift_variance (infinite at t = 0); `sigma`: sigma(t); `linear`: 1 - t;
+            `decreasing`: (cos(pi t) + 1)^2 / 4; `increasing_decreasing`: sin(pi t)^2.
+        norm: multiplies w, except for `decreasing`, where it multiplies the cosine.
+    """
+
+    form: DiffusionForm = "sigma"
+    norm: float = 1.0
+
+    def __call__(self, interpolant: Interpolant, t: Tensor) -> Tensor:
+        """The diffusion w at t, of t's shape."""
+        if self.form == "sbdm":
+            return self.norm * interpolant.drift_variance(t)
+        if self.form == "sigma":
+            return self.norm * interpolant.coefficients(t).sigma
+        if self.form == "linear":
+            return self.norm * (1 - t)
+        if self.form == "decreasing":
+            return 0.25 * (self.norm * torch.cos(math.pi * t) + 1) ** 2
+        return self.norm * torch.sin(math.pi * t) ** 2
+
+
+def sde(
+    field: Field,
+    x: Tensor,
+    grid: Tensor,
+    interpolant: Interpolant,
+    noise: Noise,
+    *,
+    diffusion: Diffusion = Diffusion(),
+    corrector: bool = False,
+    last_step: LastStep = "mean",
+    end: float = 1.0,
+) -> list[Tensor]:
+    """Euler-Maruyama, or stochastic Heun with `corrector`, then one last noise-free step from the grid's end to `end`.
+
+    Args:
+        field: u(x, t), called once a step (the score follows from the velocity).
+        x: start, (B, ...).
+        grid: times of the noisy steps.
+        interpolant: gives the score from the velocity.
+        noise: noise(k) is the standard normal of noisy step k, shaped as x.
+        diffusion: w(t).
+        corrector: add the noise first, then a Heun step of the drift from the noised state (two evaluations a step).
+        last_step: `mean`: the SDE's drift; `euler`: the ODE's velocity; `tweedie`: the posterior mean of the data;
+            `none`: no last step.
+        end: the time of the last state.
+
+    Returns:
+        The states at every time of the grid, and the one after the last step.
+    """
+
+    def drift(state: Tensor, t: Tensor) -> Tensor:
+        velocity = field(state, t)
+        score = interpolant.score_from_velocity(velocity, x=state, t=t)
+        return velocity + broadcast(diffusion(interpolant, t), state) * score
+
+    states = [x]
+    for k, (t, t_next) in enumerate(pairwise(grid)):
+        h = t_next - t
+        kick = torch.sqrt(2 * diffusion(interpolant, t) * h) * noise(k)
+        if corrector:
+            x = x + kick
+            slope = drift(x, t)
+            x = x + h * (slope + drift(x + h * slope, t_next)) / 2
+        else:
+            x = x + h * drift(x, t) + kick
+        states.append(x)
+    t = grid[-1]
+    if last_step == "mean":
+        states.append(x + (end - t) * drift(x, t))
+    elif last_step == "euler":
+        states.append(x + (end - t) * field(x, t))
+    elif last_step == "tweedie":
+        states.append(interpolant.data_from_velocity(field(x, t), x=x, t=t))
+    return states
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """One way to sample, as it stands in a protocol.
+
+    Attributes:
+        method: `euler`, `heun` (2 evaluations a step), `sde` (Euler-Maruyama with w = sigma, num_steps - 1 noisy steps
+            to t = 0.96 and one last noise-free step), or `dopri5` (adaptive; num_steps has no meaning and must be 1).
+        num_steps: steps, at least 1 (2 for `sde`).
+        guidance_scale: s in v_u + s (v_c - v_u); 1 is unguided.
+        shift: timestep shift of the grid, >= 1; 1 is none.
+    """
+
+    method: Method
+    num_steps: int
+    guidance_scale: float = 1.0
+    shift: float = 1.0
+
+    __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012 - read by pydantic, not a field
+
+    SDE_LAST_STEP_SIZE = 0.04
+
+    def __post_init__(self) -> None:
+        """Raises ValueError when a value is out of its range."""
+        least = 2 if self.method == "sde" else 1
+        if self.num_steps < least:
+            raise ValueError(f"num_steps must be at least {least} for {self.method}, got {self.num_steps}")
+        if self.method == "dopri5" and self.num_steps != 1:
+            raise ValueError(f"num_steps must be 1 for dopri5, which chooses its own steps, got {self.num_steps}")
+        if not 1 <= self.guidance_scale < math.inf:
+            raise ValueError(f"guidance_scale must be at least 1, got {self.guidance_scale}; 1 is unguided")
+        if not 1 <= self.shift < math.inf:
+            raise ValueError(f"shift must be at least 1, got {self.shift}; 1 is no shift")
+
+    @property
+    def name(self) -> str:
+        """`<method><steps>/s<scale>`, as in metric keys: euler8/s1.5."""
+        return f"{self.method}{self.num_steps}/s{self.guidance_scale:g}"
+
+    def run(self, field: Field, x: Tensor, interpolant: Interpolant, noise: Noise) -> Tensor:
+        """The samples at t = 1 from noise x (B, ...); `noise` is asked by `sde` only."""
+        if self.method == "sde":
+            grid = time_grid(self.num_steps - 1, end=1 - self.SDE_LAST_STEP_SIZE, shift=self.shift).to(x.device)
+            return sde(field, x, grid, interpolant, noise)[-1]
+        solve = {"euler": euler, "heun": heun, "dopri5": dopri5}[self.method]
+        return solve(field, x, time_grid(self.num_steps, shift=self.shift).to(x.device))[-1]
