@@ -9,6 +9,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from mixflow_core.checks import require_choice
+
 PathName = Literal["linear", "gvp", "vp"]
 
 
@@ -37,8 +39,7 @@ class Interpolant:
 
     def __post_init__(self) -> None:
         """Raises ValueError for an unknown path."""
-        if self.path not in ("linear", "gvp", "vp"):
-            raise ValueError(f"path must be 'linear', 'gvp' or 'vp', got {self.path!r}")
+        require_choice("path", self.path, PathName)
 
     def coefficients(self, t: Tensor) -> Coefficients:
         """alpha, sigma, d alpha/dt and d sigma/dt at t (any shape)."""

@@ -7,6 +7,7 @@ from typing import Literal
 
 from torch import Tensor
 
+from mixflow_core.checks import require_choice
 from mixflow_core.interpolant import Interpolant, broadcast
 from mixflow_core.mixture import TrainingPair
 
@@ -31,8 +32,10 @@ def per_sample_loss(
     target's time; it does not apply to the others.
 
     Raises:
-        ValueError: a weighting was asked for where none is defined.
+        ValueError: an unknown prediction or weighting, or a weighting where none is defined.
     """
+    require_choice("prediction", prediction, Prediction)
+    require_choice("weighting", weighting, Weighting)
     if weighting != "none" and prediction not in ("noise", "score"):
         raise ValueError(f"weighting must be 'none' for {prediction} prediction, got {weighting!r}")
     out = model(pair.x_m, pair.t)
@@ -54,7 +57,11 @@ def per_sample_loss(
 
 
 def velocity_field(model: Model, interpolant: Interpolant, prediction: Prediction) -> Model:
-    """The velocity u(x, t) that a model of any prediction type implies, for samplers."""
+    """The velocity u(x, t) that a model of any prediction type implies, for samplers.
+
+    Of noise and score it is undefined at t = 0 on `linear` and `gvp`, of data at t = 1: start or end the grid inside.
+    """
+    require_choice("prediction", prediction, Prediction)
     if prediction == "velocity":
         return model
     convert = {

@@ -16,7 +16,12 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from mixflow_core.checks import require_choice
 from mixflow_core.interpolant import Interpolant
+
+TimeLaw = Literal["beta", "uniform", "logit_normal"]
+SlowingLaw = Literal["interval", "independent"]
+TimeName = Literal["t", "m"]
 
 
 class TimePair(NamedTuple):
@@ -59,17 +64,21 @@ class SlowedMixture:
             in the paper.
     """
 
-    time_law: Literal["beta", "uniform", "logit_normal"]
-    slowing_law: Literal["interval", "independent"]
+    time_law: TimeLaw
+    slowing_law: SlowingLaw
     gamma: float
-    target_time: Literal["m", "t"]
-    condition_on: Literal["t", "m"] = "t"
+    target_time: TimeName
+    condition_on: TimeName = "t"
     shift: float = 1.0
 
     __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012 - read by pydantic, not a field
 
     def __post_init__(self) -> None:
         """Raises ValueError when a value is out of its range."""
+        require_choice("time_law", self.time_law, TimeLaw)
+        require_choice("slowing_law", self.slowing_law, SlowingLaw)
+        require_choice("target_time", self.target_time, TimeName)
+        require_choice("condition_on", self.condition_on, TimeName)
         if not 0 <= self.gamma <= 1:
             raise ValueError(
                 f"gamma must lie in [0, 1], got {self.gamma}; 0 is standard interpolation, 0.8 the paper's"

@@ -15,6 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from mixflow_core.checks import require_choice
 from mixflow_core.interpolant import Interpolant, broadcast
 from mixflow_core.mixture import shift_time
 
@@ -39,9 +40,9 @@ class CountedField:
         self.nfe = 0
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """u(x, t); t may be a scalar, which is given to every sample."""
+        """u(x, t)."""
         self.nfe += self.evaluations_per_call
-        return self.field(x, t.to(x.dtype).expand(x.shape[0]))
+        return self.field(x, t)
 
 
 def time_grid(num_steps: int, *, start: float = 0.0, end: float = 1.0, shift: float = 1.0) -> Tensor:
@@ -60,7 +61,7 @@ def euler(field: Field, x: Tensor, grid: Tensor) -> list[Tensor]:
     """Euler's method; the states at every time of the grid, the start first."""
     states = [x]
     for t, t_next in pairwise(grid):
-        x = x + (t_next - t) * field(x, t)
+        x = x + (t_next - t) * _velocity(field, x, t)
         states.append(x)
     return states
 
@@ -70,8 +71,8 @@ def heun(field: Field, x: Tensor, grid: Tensor) -> list[Tensor]:
     states = [x]
     for t, t_next in pairwise(grid):
         h = t_next - t
-        slope = field(x, t)
-        x = x + h * (slope + field(x + h * slope, t_next)) / 2
+        slope = _velocity(field, x, t)
+        x = x + h * (slope + _velocity(field, x + h * slope, t_next)) / 2
         states.append(x)
     return states
 
@@ -84,7 +85,12 @@ def dopri5(field: Field, x: Tensor, grid: Tensor, *, atol: float = 1e-6, rtol: f
     """
     from torchdiffeq import odeint  # 0.5 s to import, needed by no other sampler
 
-    return list(odeint(lambda t, state: field(state, t), x, grid, method="dopri5", atol=atol, rtol=rtol))
+    return list(odeint(lambda t, state: _velocity(field, state, t), x, grid, method="dopri5", atol=atol, rtol=rtol))
+
+
+def _velocity(field: Field, x: Tensor, t: Tensor) -> Tensor:
+    """The field at one time for all samples."""
+    return field(x, t.to(x.dtype).expand(x.shape[0]))
 
 
 @dataclass(frozen=True)
@@ -99,6 +105,10 @@ class Diffusion:
 
     form: DiffusionForm = "sigma"
     norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for an unknown form."""
+        require_choice("form", self.form, DiffusionForm)
 
     def __call__(self, interpolant: Interpolant, t: Tensor) -> Tensor:
         """The diffusion w at t, of t's shape."""
@@ -141,10 +151,14 @@ def sde(
 
     Returns:
         The states at every time of the grid, and the one after the last step.
+
+    Raises:
+        ValueError: an unknown last step.
     """
+    require_choice("last_step", last_step, LastStep)
 
     def drift(state: Tensor, t: Tensor) -> Tensor:
-        velocity = field(state, t)
+        velocity = _velocity(field, state, t)
         score = interpolant.score_from_velocity(velocity, x=state, t=t)
         return velocity + broadcast(diffusion(interpolant, t), state) * score
 
@@ -163,9 +177,9 @@ def sde(
     if last_step == "mean":
         states.append(x + (end - t) * drift(x, t))
     elif last_step == "euler":
-        states.append(x + (end - t) * field(x, t))
+        states.append(x + (end - t) * _velocity(field, x, t))
     elif last_step == "tweedie":
-        states.append(interpolant.data_from_velocity(field(x, t), x=x, t=t))
+        states.append(interpolant.data_from_velocity(_velocity(field, x, t), x=x, t=t))
     return states
 
 
@@ -192,6 +206,7 @@ class Sampler:
 
     def __post_init__(self) -> None:
         """Raises ValueError when a value is out of its range."""
+        require_choice("method", self.method, Method)
         least = 2 if self.method == "sde" else 1
         if self.num_steps < least:
             raise ValueError(f"num_steps must be at least {least} for {self.method}, got {self.num_steps}")

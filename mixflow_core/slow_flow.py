@@ -17,10 +17,10 @@ from mixflow_core.interpolant import Interpolant
 
 
 def slowed_time(x: Tensor, interpolant: Interpolant, *, x0: Tensor, x1: Tensor, resolution: int = 1000) -> Tensor:
-    """m_t: the time in [0, 1] of the point of the path from x0 to x1 nearest to x; all (B, ...), result (B,).
+    """m_t: the time of the point of the path from x0 to x1 nearest to x; all (B, ...), result (B,) in float64.
 
-    On the linear path m = <x - x0, x1 - x0> / |x1 - x0|^2, not restricted to [0, 1]; on curved paths the nearest of
-    `resolution` + 1 evenly spaced times.
+    On the linear path m = <x - x0, x1 - x0> / |x1 - x0|^2, which may leave [0, 1]; on curved paths the nearest of
+    `resolution` + 1 evenly spaced times in [0, 1].
     """
     x, x0, x1 = (value.flatten(1).double() for value in (x, x0, x1))
     if interpolant.path == "linear":

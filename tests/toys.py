@@ -1,0 +1,89 @@
+"""Shared truth for tests, written in NumPy from definitions and sharing no code with the packages it judges."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+GOLDEN = Path(__file__).parent / "golden"
+PATHS = ("linear", "gvp", "vp")
+
+
+def alpha_sigma(path: str, t):
+    """alpha and sigma of a path at t (real or complex), from their definitions."""
+    if path == "linear":
+        return t, 1 - t
+    if path == "gvp":
+        return np.sin(np.pi * t / 2), np.cos(np.pi * t / 2)
+    alpha = np.exp(-((1 - t) ** 2) * 19.9 / 4 - (1 - t) * 0.1 / 2)
+    return alpha, np.sqrt(1 - alpha**2)
+
+
+def path_coefficients(path: str, t: np.ndarray):
+    """alpha, sigma and their derivatives, by the complex step, which is exact to rounding."""
+    step = 1e-30
+    values, moved = alpha_sigma(path, t), alpha_sigma(path, t + 1j * step)
+    return *values, *(m.imag / step for m in moved)
+
+
+@dataclass(frozen=True)
+class GaussianFlow:
+    """Data N(mean, sd^2) in every dimension: the error-free field, its flow and its marginals, in closed form."""
+
+    path: str
+    mean: float
+    sd: float
+
+    def marginal(self, t: float) -> tuple[float, float]:
+        """Mean and standard deviation of x_t."""
+        alpha, sigma = alpha_sigma(self.path, t)
+        return alpha * self.mean, float(np.sqrt(alpha**2 * self.sd**2 + sigma**2))
+
+    def flow(self, x0: Tensor, t: float) -> Tensor:
+        """The state at t of the exact ODE started at x0: every standardised coordinate is conserved."""
+        mean, sd = self.marginal(t)
+        return mean + sd * x0
+
+    def posterior_data(self, x: Tensor, t: float) -> Tensor:
+        """E[x1 | x_t = x]."""
+        alpha, sigma = alpha_sigma(self.path, t)
+        gain = alpha * self.sd**2 / (alpha**2 * self.sd**2 + sigma**2)
+        return self.mean + gain * (x - alpha * self.mean)
+
+    def field(self, x: Tensor, t: Tensor) -> Tensor:
+        """E[alpha' x1 + sigma' x0 | x_t = x] at x (B, ...), t (B,): what a perfectly trained network returns."""
+        assert t.shape == x.shape[:1], "a field is told one time for each sample"
+        shape = (-1,) + (1,) * (x.ndim - 1)
+        alpha, sigma, d_alpha, d_sigma = (
+            torch.as_tensor(c, dtype=x.dtype).reshape(shape) for c in path_coefficients(self.path, t.double().numpy())
+        )
+        variance = alpha**2 * self.sd**2 + sigma**2
+        covariance = d_alpha * alpha * self.sd**2 + d_sigma * sigma
+        return d_alpha * self.mean + covariance / variance * (x - alpha * self.mean)
+
+
+def uniforms(seed: int, *shape: int) -> Tensor:
+    """Uniform float64 numbers in [0, 1)."""
+    return torch.from_numpy(np.random.default_rng(seed).random(shape))
+
+
+def normals(seed: int, *shape: int) -> Tensor:
+    """Standard normal float64 numbers."""
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(shape))
+
+
+def golden(family: str) -> tuple[dict, dict[str, Tensor]]:
+    """Description and tensors of one family of golden cases."""
+    return json.loads((GOLDEN / f"{family}.json").read_text()), load_file(GOLDEN / f"{family}.safetensors")
+
+
+def published_keys() -> dict:
+    """State-dict names and shapes of the published SiT sizes."""
+    return json.loads(gzip.decompress((GOLDEN / "sit_keys.json.gz").read_bytes()))
