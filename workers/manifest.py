@@ -73,6 +73,17 @@ class Manifest:
             raise ValueError(f"not a manifest: {error}") from error
 
 
+class CorruptError(Exception):
+    """A published directory is not what its manifest says; the message names the URI, the file and what is wrong."""
+
+    def __init__(self, uri: str, file: str, problem: str) -> None:
+        super().__init__(uri, file, problem)  # the arguments are what pickle carries
+        self.uri, self.file, self.problem = uri, file, problem
+
+    def __str__(self) -> str:
+        return f"{self.uri}: {self.file} {self.problem}; restore it or remove the directory"
+
+
 def measure(path: Path) -> FileEntry:
     """Size and SHA-256 of a file."""
     with path.open("rb") as file:

@@ -1,0 +1,177 @@
+"""TrainState <-> directory, and the store that keeps them: content first, manifest last, never pickle."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+import threading
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from workers.manifest import CorruptError, Manifest
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class TrainState:
+    """All that a run needs to go on exactly: no generator state, since randomness is a function of position.
+
+    Attributes:
+        step: optimiser steps done.
+        model: parameters by state-dict name.
+        ema: averaged parameters by state-dict name, complete: the weights that are evaluated.
+        optimizer: AdamW's `exp_avg/<name>` and `exp_avg_sq/<name>`.
+        history: metric rows, {"step": ..., key: value}, in order.
+    """
+
+    step: int
+    model: dict[str, Tensor]
+    ema: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    history: list[dict[str, float]]
+
+    def write(self, directory: Path, about: Mapping[str, Any]) -> None:
+        """Writes the files of a checkpoint (no manifest); `about` (plain JSON) makes it self-describing."""
+        directory.mkdir(parents=True, exist_ok=True)
+        for name in ("model", "ema", "optimizer"):
+            save_file(getattr(self, name), directory / f"{name}.safetensors")
+        rows = "".join(json.dumps(row) + "\n" for row in self.history)
+        (directory / "history.jsonl").write_text(rows)
+        (directory / "run.json").write_text(json.dumps({**about, "step": self.step}, indent=1, sort_keys=True))
+
+    @classmethod
+    def read(cls, directory: Path) -> TrainState:
+        """Reads what `write` wrote; the caller has verified the manifest."""
+        history = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
+        model, ema, optimizer = (load_file(directory / f"{name}.safetensors") for name in ("model", "ema", "optimizer"))
+        return cls(json.loads((directory / "run.json").read_text())["step"], model, ema, optimizer, history)
+
+    def snapshot(self) -> TrainState:
+        """A copy in CPU memory that later updates do not touch."""
+
+        def copy(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
+            return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in part.items()}
+
+        return TrainState(self.step, copy(self.model), copy(self.ema), copy(self.optimizer), list(self.history))
+
+
+class Files(Protocol):
+    """The part of object storage that checkpoints need; `orchestration.storage.Storage` is one."""
+
+    def list(self, prefix: str) -> list[str]:
+        """Paths of all objects under a directory, sorted."""
+
+    def manifest(self, path: str) -> Manifest | None:
+        """The manifest of a complete directory that is not set aside, else None."""
+
+    def publish(self, directory: Path, path: str, meta: Mapping[str, Any]) -> Manifest:
+        """Copies a local directory to `path`, its manifest last."""
+
+    def fetch(self, path: str, into: Path) -> Path:
+        """A verified local copy of a published directory; raises where a file differs from the manifest."""
+
+    def delete(self, prefix: str) -> None:
+        """Removes a directory."""
+
+    def set_aside(self, path: str, reason: str) -> None:
+        """Marks a directory as not to be used."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run, in `<path>/step-<step>-<attempt>/`: one writer, the newest valid one is restored.
+
+    Args:
+        files: where they are kept.
+        path: the run's directory of checkpoints in there.
+        keep: newest checkpoints kept, besides the one with the lowest score.
+        about: what run.json says of the run.
+    """
+
+    def __init__(self, files: Files, path: str, *, keep: int, about: Mapping[str, Any]) -> None:
+        self.files, self.path, self.keep, self.about = files, path, keep, about
+        self._writer: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def names(self) -> list[str]:
+        """All checkpoint directories, torn ones included, oldest first."""
+        skip = len(self.path) + 1
+        return sorted({path[skip:].split("/")[0] for path in self.files.list(self.path)})
+
+    def newest(self) -> str | None:
+        """Path of the newest complete checkpoint."""
+        complete = [name for name in self.names() if self.files.manifest(f"{self.path}/{name}")]
+        return f"{self.path}/{complete[-1]}" if complete else None
+
+    def restore(self) -> TrainState | None:
+        """The newest checkpoint that is complete and unaltered; None where there is none.
+
+        Every one that is torn or altered is set aside and named in the log.
+        """
+        for name in reversed(self.names()):
+            path = f"{self.path}/{name}"
+            if "set-aside.json" in {p.rsplit("/", 1)[1] for p in self.files.list(path)}:
+                continue
+            if self.files.manifest(path) is None:
+                self._set_aside(path, "it has no manifest: writing it was interrupted")
+                continue
+            with tempfile.TemporaryDirectory(prefix="mixflow-restore-") as scratch:
+                try:
+                    return TrainState.read(self.files.fetch(path, Path(scratch)))
+                except CorruptError as error:
+                    self._set_aside(path, str(error))
+        return None
+
+    def save(self, state: TrainState, score: float) -> None:
+        """Writes a snapshot in the background; blocks only while an earlier one is still being written.
+
+        Args:
+            state: copied before this returns.
+            score: held-out loss; the checkpoint with the lowest is kept.
+        """
+        self.wait()
+        copy = state.snapshot()
+        self._writer = threading.Thread(target=self._write, args=(copy, score), name="checkpoint")
+        self._writer.start()
+
+    def wait(self) -> None:
+        """Waits for the checkpoint being written and raises what went wrong with it."""
+        if self._writer:
+            self._writer.join()
+            self._writer = None
+        if self._error:
+            error, self._error = self._error, None
+            raise error
+
+    def _write(self, state: TrainState, score: float) -> None:
+        scratch = Path(tempfile.mkdtemp(prefix="mixflow-checkpoint-"))
+        try:
+            state.write(scratch, self.about)
+            # A directory of its own for each attempt: a torn one is never completed by another's files.
+            path = f"{self.path}/step-{state.step:09d}-{uuid.uuid4().hex[:8]}"
+            self.files.publish(scratch, path, {"step": state.step, "score": score})
+            self._retain()
+        except BaseException as error:
+            self._error = error  # raised in the training thread by the next wait()
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+    def _retain(self) -> None:
+        found = [(name, self.files.manifest(f"{self.path}/{name}")) for name in self.names()]
+        complete = {name: manifest.meta["score"] for name, manifest in found if manifest}
+        best = min(complete, key=lambda name: complete[name], default=None)
+        for name in list(complete)[: -self.keep]:
+            if name != best:
+                self.files.delete(f"{self.path}/{name}")
+
+    def _set_aside(self, path: str, reason: str) -> None:
+        log.warning("checkpoint %s is set aside: %s", path, reason)
+        self.files.set_aside(path, reason)

@@ -1,0 +1,107 @@
+"""What is measured of samples: distances to held-out images in the features of a classifier, and in pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mixflow_core.metrics import Moments, frechet_distance, kernel_distance, precision_recall
+from mixflow_core.rng import generator
+from workers.data import ImageSet
+
+METRICS = ("fd_digits", "kid_digits", "precision", "recall", "fd_pixels")
+NUM_FEATURES = 64
+
+
+class DigitFeatures(nn.Module):
+    """A small classifier whose penultimate activations are the feature space of `fd_digits`; never called FID."""
+
+    def __init__(self, in_channels: int, image_size: int, num_classes: int) -> None:
+        super().__init__()
+        # Larger images are brought down by strides, so that the features see the whole image at every size.
+        strides = [1, 1, *([2] * max(0, (image_size // 8).bit_length() - 1))]
+        widths = [in_channels, 32, *([64] * (len(strides) - 1))]
+        convolutions = [
+            nn.Conv2d(a, b, 3, stride=s, padding=1) for a, b, s in zip(widths, widths[1:], strides, strict=False)
+        ]
+        self.convolutions = nn.Sequential(*(layer for conv in convolutions for layer in (conv, nn.ReLU())))
+        self.pool = nn.AdaptiveAvgPool2d(4)
+        self.penultimate = nn.Linear(widths[-1] * 16, NUM_FEATURES)
+        self.head = nn.Linear(NUM_FEATURES, num_classes)
+
+    def features(self, pixels: Tensor) -> Tensor:
+        """Features (B, 64) of uint8 pixels (B, C, H, W)."""
+        x = self.convolutions(pixels.float() / 127.5 - 1)
+        return functional.relu(self.penultimate(self.pool(x).flatten(1)))
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        """Logits (B, num_classes)."""
+        return self.head(self.features(pixels))
+
+
+def train_features(data: ImageSet, held_out: ImageSet, num_classes: int) -> tuple[DigitFeatures, float]:
+    """Trains the classifier on the train split, always the same way; returns it and its held-out accuracy."""
+    images, labels = torch.from_numpy(data.images.copy()), data.y(slice(None))
+    net = DigitFeatures(images.shape[1], images.shape[2], num_classes)
+    numbers = generator(0, "init", 0)
+    for module in net.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
+            nn.init.kaiming_uniform_(module.weight, generator=numbers)
+            nn.init.zeros_(module.bias)
+    epochs, batch_size = 30, 128
+    steps = epochs * -(-len(labels) // batch_size)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
+    for epoch in range(epochs):
+        for rows in torch.randperm(len(labels), generator=generator(0, "order", epoch)).split(batch_size):
+            functional.cross_entropy(net(images[rows]), labels[rows]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            schedule.step()
+    net.eval()
+    with torch.no_grad():
+        hits = net(torch.from_numpy(held_out.images.copy())).argmax(1) == held_out.y(slice(None))
+    return net, hits.double().mean().item()
+
+
+class Reference(NamedTuple):
+    """Held-out images in both spaces, computed once."""
+
+    features: Tensor
+    moments: Moments
+    pixels: Moments
+
+
+@torch.no_grad()
+def reference_of(net: DigitFeatures, pixels: Tensor) -> Reference:
+    """The reference that samples are compared with, from uint8 pixels (N, C, H, W)."""
+    features = extract(net, pixels)
+    return Reference(features, Moments.of(features), Moments.of(as_vectors(pixels)))
+
+
+@torch.no_grad()
+def score(net: DigitFeatures, pixels: Tensor, reference: Reference) -> Mapping[str, float]:
+    """All METRICS of a sample set, uint8 pixels (N, C, H, W)."""
+    features = extract(net, pixels)
+    precision, recall = precision_recall(reference.features, features)
+    return {
+        "fd_digits": frechet_distance(Moments.of(features), reference.moments),
+        "kid_digits": kernel_distance(features, reference.features),
+        "precision": precision,
+        "recall": recall,
+        "fd_pixels": frechet_distance(Moments.of(as_vectors(pixels)), reference.pixels),
+    }
+
+
+def extract(net: DigitFeatures, pixels: Tensor, batch_size: int = 500) -> Tensor:
+    """Features in fixed batches, (N, 64)."""
+    return torch.cat([net.features(part) for part in pixels.split(batch_size)])
+
+
+def as_vectors(pixels: Tensor) -> Tensor:
+    """Pixels scaled to [-1, 1] as vectors (N, C H W): the pixel Frechet distance sees residual noise that features miss."""
+    return pixels.flatten(1).double() / 127.5 - 1

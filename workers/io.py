@@ -1,0 +1,58 @@
+"""What the loop knows of the world around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Protocol
+
+from workers.checkpoint import CheckpointStore, TrainState
+
+Report = Callable[[int, Mapping[str, float]], None]
+
+
+class RunIO(Protocol):
+    """Where a run comes from and goes to. Only rank 0's restore, save and report are called."""
+
+    rank: int
+    world_size: int
+
+    def restore(self) -> TrainState | None:
+        """The newest valid checkpoint, None to start."""
+
+    def save(self, state: TrainState, score: float) -> None:
+        """Keeps a copy of the state; returns before it is written."""
+
+    def report(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Hands metrics over without waiting."""
+
+    def wait(self) -> None:
+        """Waits until what was saved is kept."""
+
+    @property
+    def last_checkpoint(self) -> str:
+        """Names the newest complete checkpoint, for error messages."""
+
+
+class LocalIO:
+    """RunIO over a checkpoint store: all of it on a laptop, and rank 0's part on a cluster."""
+
+    def __init__(self, store: CheckpointStore, report: Report, *, rank: int = 0, world_size: int = 1) -> None:
+        self.store, self.report = store, report
+        self.rank, self.world_size = rank, world_size
+
+    def restore(self) -> TrainState | None:
+        """See RunIO."""
+        return self.store.restore()
+
+    def save(self, state: TrainState, score: float) -> None:
+        """See RunIO."""
+        self.store.save(state, score)
+
+    def wait(self) -> None:
+        """See RunIO."""
+        self.store.wait()
+
+    @property
+    def last_checkpoint(self) -> str:
+        """See RunIO."""
+        return self.store.newest() or "none"

@@ -1,0 +1,357 @@
+"""The loop: MixFlow post-training (and the base's own training, which is the same loop), read top to bottom."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from mixflow_core.ema import EMA
+from mixflow_core.interpolant import Interpolant
+from mixflow_core.loss import per_sample_loss
+from mixflow_core.rng import generator
+from workers.checkpoint import TrainState
+from workers.config import RunConfig
+from workers.data import Batch, ImageSet, join, shard_batch
+from workers.io import RunIO
+from workers.models.sit import SiT
+
+T = TypeVar("T")
+Weights = Mapping[str, Tensor]
+NUM_HELD_OUT = 512
+
+
+class NonFiniteLossError(Exception):
+    """The loss or its gradient is not finite; raised on every rank, before the update.
+
+    Args:
+        step: the step that was not made (steps done so far).
+        ranks: where the loss itself was not finite; empty if only the gradient was not.
+        last_checkpoint: where the run can go on from.
+    """
+
+    def __init__(self, step: int, ranks: Sequence[int], last_checkpoint: str) -> None:
+        super().__init__(step, list(ranks), last_checkpoint)  # the arguments, so that it survives pickling
+        self.step, self.ranks, self.last_checkpoint = step, list(ranks), last_checkpoint
+
+    def __str__(self) -> str:
+        what = f"loss is not finite on ranks {self.ranks}" if self.ranks else "gradient is not finite"
+        return f"{what} at step {self.step} (last checkpoint: {self.last_checkpoint}); stopped before the update"
+
+
+def post_train(
+    run: RunConfig,
+    data: ImageSet,
+    held_out: ImageSet,
+    io: RunIO,
+    *,
+    initial: Weights | None = None,
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
+) -> TrainState:
+    """Trains to `run.training.steps`, from the newest checkpoint if there is one, and returns the final state.
+
+    Called on every worker, inside a torch.distributed process group if there is more than one.
+
+    Args:
+        run: what to train.
+        data: training images.
+        held_out: images for the held-out loss, which decides the best checkpoint.
+        io: this worker's surroundings.
+        initial: weights to start from (rank 0's count), None for fresh ones.
+        device: where to compute.
+
+    Raises:
+        NonFiniteLossError: on every rank.
+    """
+    training, interpolant = run.training, Interpolant(run.path)
+    _set_precision(training.precision)
+    model = SiT(run.model).initialise(run.seed).to(device)
+    if initial is not None:
+        model.load_state_dict(dict(initial))
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = _optimizer(run, parameters)
+    ema = EMA(parameters, training.ema_decay)
+
+    restored = io.restore() if io.rank == 0 else None
+    if restored:
+        _load(restored, model, ema, optimizer, parameters)
+    step, history = _from_rank_0(io, (restored.step, restored.history) if restored else (0, []))
+    if io.world_size > 1:
+        for value in _tensors(model, ema, optimizer):
+            dist.broadcast(value, 0)
+
+    shards = _shards_of(io.rank, io.world_size, training.num_shards, training.reproducible)
+    gradients = (_OrderedGradients if training.reproducible else _JoinedGradients)(run, model, io.world_size)
+    if step < training.steps:
+        gradients.warm_up(_passes(run, data, step, shards, device), interpolant)
+
+    window_loss, window_start = torch.zeros((), dtype=torch.float64, device=device), time.perf_counter()
+    for batches in _prefetch(lambda k: _passes(run, data, k, shards, device), step, training.steps):
+        loss = gradients.compute(batches, interpolant)
+        norm = nn.utils.clip_grad_norm_(parameters.values(), training.grad_clip or float("inf"), foreach=True)
+        # The reduced loss and the norm of the reduced gradient are the same on all ranks, so all of them stop here.
+        if not torch.isfinite(loss + norm).item():
+            raise NonFiniteLossError(step, _ranks_not_finite(io, gradients.local_loss), io.last_checkpoint)
+        optimizer.step()
+        optimizer.zero_grad()
+        step += 1
+        ema.update(list(parameters.values()), step)
+
+        window_loss += loss
+        if step % training.log_every == 0 or step == training.steps:
+            steps_done = (step - 1) % training.log_every + 1
+            row = {"train/loss": window_loss.item() / steps_done, "train/grad_norm": norm.item()}
+            history.append({"step": step, **row})
+            elapsed = time.perf_counter() - window_start
+            speed = {"time/images_per_s": steps_done * training.global_batch_size / elapsed}
+            if io.rank == 0:
+                io.report(step, {**row, **speed})  # the speed is not part of the history, which must repeat exactly
+            window_loss.zero_()
+            window_start = time.perf_counter()
+        if step % training.checkpoint_every == 0 or step == training.steps:
+            score = held_out_loss(run, model, ema.shadow, held_out, io, device)
+            history.append({"step": step, "eval/loss": score})
+            if io.rank == 0:
+                io.report(step, {"eval/loss": score})
+                io.save(_state(step, model, ema, optimizer, parameters, history), score)
+            window_start = time.perf_counter()
+    if io.rank == 0:
+        io.wait()
+    return _state(step, model, ema, optimizer, parameters, history)
+
+
+@torch.no_grad()
+def held_out_loss(
+    run: RunConfig, model: SiT, ema: Weights, held_out: ImageSet, io: RunIO, device: torch.device
+) -> float:
+    """The run's own loss with the averaged weights, on held-out images at fixed noise and evenly spread times."""
+    interpolant, count = Interpolant(run.path), min(NUM_HELD_OUT, len(held_out.labels))
+    x1, y = held_out.x1(slice(0, count)), held_out.y(slice(0, count))
+    numbers = generator(0, "eval", 0)
+    x0, u = torch.randn(x1.shape, generator=numbers), torch.rand(count, 2, generator=numbers)
+    u[:, 0] = (torch.randperm(count, generator=numbers) + 0.5) / count
+
+    def averaged(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        return torch.func.functional_call(model, dict(ema), (x, t, y))
+
+    # One sum for each logical shard, added in their order: the same bits whatever the number of workers.
+    num_shards = run.training.num_shards
+    sums = torch.zeros(num_shards, dtype=torch.float64, device=device)
+    for shard in range(io.rank, num_shards, io.world_size):
+        mine = slice(shard, None, num_shards)
+        batch = Batch(x1[mine], y[mine], x0[mine], u[mine]).to(device)
+        sums[shard] = _loss(run, averaged, batch, interpolant)
+    if io.world_size > 1:
+        dist.all_reduce(sums)
+    return sums.sum().item() / count
+
+
+# ------------------------------------------------------------------------------------------------- gradients
+
+
+def _loss(run: RunConfig, model: Callable[[Tensor, Tensor], Tensor], batch: Batch, interpolant: Interpolant) -> Tensor:
+    """Sum over the batch of Algorithm 1's loss."""
+    pair = run.mixture.pair(interpolant, run.mixture.draw(batch.u), x0=batch.x0, x1=batch.x1)
+    with torch.autocast(batch.x1.device.type, torch.bfloat16, enabled=run.training.precision == "bf16"):
+        losses = per_sample_loss(
+            lambda x, t: model(x, t, batch.y), pair, interpolant, prediction=run.prediction, weighting=run.weighting
+        )
+    return losses.sum()
+
+
+class _JoinedGradients:
+    """The default: shards joined into passes, gradients reduced by DDP while they are computed."""
+
+    def __init__(self, run: RunConfig, model: SiT, world_size: int) -> None:
+        self.run, self.world_size = run, world_size
+        self.local_loss = torch.zeros(())
+        self.model: nn.Module = model
+        if world_size > 1:
+            self.model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+    def warm_up(self, batches: list[Batch], interpolant: Interpolant) -> None:
+        """DDP lays its buckets out anew after the first backward pass, and with them the order of its sums.
+
+        One pass whose gradient is thrown away puts every start, fresh or resumed, behind that point.
+        """
+        if self.world_size > 1:
+            self.compute(batches, interpolant)
+            self.model.zero_grad()
+
+    def compute(self, batches: list[Batch], interpolant: Interpolant) -> Tensor:
+        """Leaves the gradient of the global mean loss in the parameters and returns that loss."""
+        scale = 1 / self.run.training.global_batch_size
+        total = torch.zeros((), device=batches[0].x1.device)
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            with contextlib.nullcontext() if last or self.world_size == 1 else self.model.no_sync():  # type: ignore[operator]
+                loss = _loss(self.run, self.model, batch, interpolant) * scale
+                total = total + loss.detach()
+                if last:
+                    # Reduced while the last backward pass runs.
+                    self.local_loss = total.clone()
+                    reducing = dist.all_reduce(total, async_op=True) if self.world_size > 1 else None
+                (loss * self.world_size).backward()  # DDP divides by the number of workers
+        if reducing:
+            reducing.wait()
+        return total
+
+
+class _OrderedGradients:
+    """The reproducible mode: one gradient a shard, added in shard order whatever worker computed it."""
+
+    def __init__(self, run: RunConfig, model: SiT, world_size: int) -> None:
+        self.run, self.model, self.world_size = run, model, world_size
+        self.parameters = [p for p in model.parameters() if p.requires_grad]
+        self.local_loss = torch.zeros(())
+
+    def warm_up(self, batches: list[Batch], interpolant: Interpolant) -> None:
+        """Nothing to lay out."""
+
+    def compute(self, batches: list[Batch], interpolant: Interpolant) -> Tensor:
+        """Leaves the gradient of the global mean loss in the parameters and returns that loss."""
+        scale = 1 / self.run.training.global_batch_size
+        num_shards = self.run.training.num_shards
+        size = sum(p.numel() for p in self.parameters) + 1  # the last number is the loss
+        total = torch.zeros(size, device=batches[0].x1.device)
+        local = []
+        for first in range(0, num_shards, self.world_size):
+            mine = torch.zeros(size, device=total.device)
+            if first // self.world_size < len(batches):
+                batch = batches[first // self.world_size]
+                loss = _loss(self.run, self.model, batch, interpolant) * scale
+                grads = torch.autograd.grad(loss, self.parameters)
+                mine = torch.cat([*(g.reshape(-1) for g in grads), loss.detach().reshape(1)])
+                local.append(mine[-1])
+            for shard in self._gather(mine)[: num_shards - first]:
+                total += shard
+        self.local_loss = torch.stack(local).sum()
+        parts = total[:-1].split([p.numel() for p in self.parameters])
+        for parameter, part in zip(self.parameters, parts, strict=True):
+            parameter.grad = part.view_as(parameter)
+        return total[-1]
+
+    def _gather(self, mine: Tensor) -> list[Tensor]:
+        if self.world_size == 1:
+            return [mine]
+        parts = [torch.empty_like(mine) for _ in range(self.world_size)]
+        dist.all_gather(parts, mine)
+        return parts
+
+
+def _shards_of(rank: int, world_size: int, num_shards: int, interleaved: bool) -> list[int]:
+    """This worker's logical shards: every world_size-th, or a contiguous run of them (3 workers of 8: 3, 3, 2)."""
+    if interleaved:
+        return list(range(rank, num_shards, world_size))
+    most, extra = divmod(num_shards, world_size)
+    first = rank * most + min(rank, extra)
+    return list(range(first, first + most + (rank < extra)))
+
+
+def _passes(run: RunConfig, data: ImageSet, step: int, shards: list[int], device: torch.device) -> list[Batch]:
+    """This worker's part of the global batch, cut into forward passes."""
+    per_pass = 1 if run.training.reproducible else run.training.shards_per_pass or len(shards)
+    groups = [shards[i : i + per_pass] for i in range(0, len(shards), per_pass)]
+    return [join([shard_batch(run, data, step, shard) for shard in group]).to(device) for group in groups]
+
+
+def _prefetch(make: Callable[[int], list[Batch]], start: int, stop: int) -> Iterator[list[Batch]]:
+    """make(start), ..., make(stop - 1), each made in a thread while the one before it is used."""
+    if start >= stop:
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as pool:
+        coming = pool.submit(make, start)
+        for step in range(start, stop):
+            batches = coming.result()
+            if step + 1 < stop:
+                coming = pool.submit(make, step + 1)
+            yield batches
+
+
+# ----------------------------------------------------------------------------------------------------- state
+
+
+def _optimizer(run: RunConfig, parameters: Weights) -> torch.optim.AdamW:
+    training = run.training
+    optimizer = torch.optim.AdamW(
+        list(parameters.values()),
+        lr=training.learning_rate,
+        betas=(0.9, training.adam_beta2),
+        weight_decay=training.weight_decay,
+        fused=True,
+    )
+    for parameter in parameters.values():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def _tensors(model: SiT, ema: EMA, optimizer: torch.optim.AdamW) -> Iterator[Tensor]:
+    """Every tensor of the training state, in an order that all ranks share."""
+    yield from (value.detach() for value in model.state_dict().values())
+    yield from ema.shadow.values()
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield from optimizer.state[parameter].values()
+
+
+def _state(
+    step: int,
+    model: SiT,
+    ema: EMA,
+    optimizer: torch.optim.AdamW,
+    parameters: Weights,
+    history: list[dict[str, float]],
+) -> TrainState:
+    weights = dict(model.state_dict())
+    moments = {
+        f"{key}/{name}": optimizer.state[parameter][key]
+        for name, parameter in parameters.items()
+        for key in ("exp_avg", "exp_avg_sq")
+    }
+    return TrainState(step, weights, {**weights, **ema.shadow}, moments, history)
+
+
+@torch.no_grad()
+def _load(state: TrainState, model: SiT, ema: EMA, optimizer: torch.optim.AdamW, parameters: Weights) -> None:
+    model.load_state_dict(state.model)
+    for name, parameter in parameters.items():
+        ema.shadow[name].copy_(state.ema[name])
+        kept = optimizer.state[parameter]
+        kept["step"].fill_(state.step)
+        for key in ("exp_avg", "exp_avg_sq"):
+            kept[key].copy_(state.optimizer[f"{key}/{name}"])
+
+
+def _from_rank_0(io: RunIO, value: T) -> T:
+    if io.world_size == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, 0)
+    return box[0]
+
+
+def _ranks_not_finite(io: RunIO, local_loss: Tensor) -> list[int]:
+    finite = bool(torch.isfinite(local_loss).item())
+    if io.world_size == 1:
+        return [] if finite else [0]
+    flags: list[bool] = [True] * io.world_size
+    dist.all_gather_object(flags, finite)
+    return [rank for rank, ok in enumerate(flags) if not ok]
+
+
+def _set_precision(precision: str) -> None:
+    """Deterministic kernels always: a resumed run must repeat the uninterrupted one."""
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
