@@ -2,7 +2,7 @@
 
 A `Storage` is a tree of objects under one URI, a local directory or an S3 bucket with a prefix, with the few promises
 that the rest of the project is built on: a reader never sees half an object, `put_new` has one winner, and a published
-directory is there exactly when its manifest is. Only this file speaks to boto3, and imports it where it is used (0.4 s).
+directory is there exactly when its manifest is. Only this file speaks to boto3, imported where it is used (0.4 s).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 from urllib.parse import unquote, urlsplit
 
-from workers.manifest import MANIFEST, FileEntry, Manifest, measure
+from workers.manifest import MANIFEST, CorruptError, FileEntry, Manifest, measure
 
 log = logging.getLogger(__name__)
 
@@ -32,22 +32,12 @@ SET_ASIDE = "set-aside.json"
 TEMP_PREFIX = ".tmp-"
 LARGE_FILE = 8 * 2**20  # bytes; from here on a file travels in parts
 BODY_ATTEMPTS = 5  # boto3 retries requests, but not the body of an answer that breaks off
-# Seconds and attempts. The preflight of an endpoint that swallows packets must end within about 10 s.
+# Seconds and attempts. The preflight of an endpoint that swallows packets must end within about 10 s, of which boto3
+# spends 1 s of each attempt on waiting for "100 Continue".
 PATIENT = {"connect_timeout": 5, "read_timeout": 60, "retries": {"mode": "standard", "total_max_attempts": 5}}
-PREFLIGHT = {"connect_timeout": 3, "read_timeout": 4, "retries": {"mode": "standard", "total_max_attempts": 2}}
+PREFLIGHT = {"connect_timeout": 3, "read_timeout": 3, "retries": {"mode": "standard", "total_max_attempts": 2}}
 
 Paths = list[str]  # inside the class, `list` is its method
-
-
-class CorruptError(Exception):
-    """A published directory is not what its manifest says; the message names the URI, the file and what is wrong."""
-
-    def __init__(self, uri: str, file: str, problem: str):
-        super().__init__(uri, file, problem)  # the arguments are what pickle carries
-        self.uri, self.file, self.problem = uri, file, problem
-
-    def __str__(self) -> str:
-        return f"{self.uri}: {self.file} {self.problem}"
 
 
 class Storage(abc.ABC):
@@ -102,7 +92,7 @@ class Storage(abc.ABC):
 
     @abc.abstractmethod
     def _copy_in(self, source: Path, path: str, entry: FileEntry) -> None:
-        """Copies a local file to the object `path`; CorruptError if it no longer is what `entry` says."""
+        """Copies a local file to the object `path`; OSError if it no longer is what `entry` says."""
 
     @abc.abstractmethod
     def _verified(self, path: str, manifest: Manifest, into: Path) -> Path:
@@ -120,6 +110,7 @@ class Storage(abc.ABC):
 
         Raises:
             FileExistsError: something else is published at `path`, or it was set aside.
+            OSError: a file of the directory changed meanwhile, or the storage failed.
             ValueError: the directory holds no files.
         """
         manifest = Manifest.describe(Path(directory), meta or {})
@@ -238,7 +229,8 @@ class _Local(Storage):
     def delete(self, prefix: str) -> None:
         target = self._at(prefix)
         if not target.is_dir():
-            target.unlink(missing_ok=True)
+            if target.exists():  # False below a file, where unlinking is an error
+                target.unlink(missing_ok=True)
             return
         for manifest in target.rglob(MANIFEST):
             manifest.unlink(missing_ok=True)
@@ -262,7 +254,7 @@ class _Local(Storage):
         with _temporary(target) as temp:
             shutil.copyfile(source, temp)
             if measure(temp) != entry:
-                raise CorruptError(str(source.parent), source.name, "changed while it was being published")
+                raise _changed(source)
             _sync(temp)
             _replace(temp, target)
 
@@ -376,7 +368,7 @@ class _S3(Storage):
         if entry.size < LARGE_FILE:
             data = source.read_bytes()
             if hashlib.sha256(data).hexdigest() != entry.sha256:
-                raise CorruptError(str(source.parent), source.name, "changed while it was being published")
+                raise _changed(source)
             self.put(path, data)
             return
         with self._one_line("PUT", path):  # the parts' SHA-256 is part of their signatures, so the server checks them
@@ -494,16 +486,18 @@ def _transfer() -> Any:
 
 def _diagnosis(storage: _S3, error: OSError) -> str:
     """Why the preflight failed and what to do, in one line."""
+    from botocore.exceptions import ConnectionError as NoConnectionError
     from botocore.exceptions import HTTPClientError, NoCredentialsError, PartialCredentialsError
 
     cause = error.__cause__
     endpoint = s3_environment(os.environ).get("AWS_ENDPOINT_URL_S3", "AWS")
     keys = "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"
-    code = getattr(cause, "response", {}).get("Error", {}).get("Code", "")
-    status = getattr(cause, "response", {}).get("ResponseMetadata", {}).get("HTTPStatusCode")
+    answer = getattr(cause, "response", None) or {}
+    code = answer.get("Error", {}).get("Code", "")
+    status = answer.get("ResponseMetadata", {}).get("HTTPStatusCode")
     if isinstance(cause, NoCredentialsError | PartialCredentialsError):
         rule, got, do = "have credentials", f"none or only a part for {storage.uri}", f"set {keys}"
-    elif isinstance(cause, HTTPClientError):
+    elif isinstance(cause, HTTPClientError | NoConnectionError):
         rule, got = "be reachable", f"no answer from {endpoint} for {storage.uri} ({_flat(cause)})"
         do = "start the server or correct AWS_ENDPOINT_URL_S3"
     elif code == "NoSuchBucket":
@@ -529,6 +523,10 @@ def _object(path: str) -> str:
     if not _clean(path):
         raise ValueError(f"path must name an object or directory below the root, got {path!r}; give its name")
     return _clean(path)
+
+
+def _changed(source: Path) -> OSError:
+    return OSError(f"{source} must not change while it is published, got other content; publish it when it is complete")
 
 
 def _problem(directory: Path, name: str, entry: FileEntry) -> str:

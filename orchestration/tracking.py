@@ -679,7 +679,8 @@ def _check_http(uri: str) -> str | None:
 def _check_sqlite(uri: str) -> None:
     file = _sqlite_file(uri)
     there = next(parent for parent in (file, *file.parents) if parent.exists())
-    if file.is_dir() or not os.access(there, os.W_OK):
+    usable = there.is_file() if there == file else there.is_dir()
+    if not usable or not os.access(there, os.W_OK):
         raise ValueError(f"MLFLOW_TRACKING_URI must name a writable sqlite file, got {uri}; name another directory")
 
 

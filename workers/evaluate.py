@@ -103,5 +103,5 @@ def extract(net: DigitFeatures, pixels: Tensor, batch_size: int = 500) -> Tensor
 
 
 def as_vectors(pixels: Tensor) -> Tensor:
-    """Pixels scaled to [-1, 1] as vectors (N, C H W): the pixel Frechet distance sees residual noise that features miss."""
+    """Pixels scaled to [-1, 1] as vectors (N, C H W): distances in them see residual noise that features miss."""
     return pixels.flatten(1).double() / 127.5 - 1

@@ -93,6 +93,6 @@ def grid_png(pixels: Tensor, path: str, *, columns: int = 20, enlarge: int = 1) 
     canvas = torch.zeros(rows * columns, channels, height, width, dtype=torch.uint8)
     canvas[:count] = pixels
     sheet = canvas.view(rows, columns, channels, height, width).permute(0, 3, 1, 4, 2)
-    sheet = sheet.reshape(rows * height, columns * width, channels).numpy()
-    image = Image.fromarray(sheet[:, :, 0] if channels == 1 else sheet)
+    pixel_rows = sheet.reshape(rows * height, columns * width, channels).numpy()
+    image = Image.fromarray(pixel_rows[:, :, 0] if channels == 1 else pixel_rows)
     image.resize((image.width * enlarge, image.height * enlarge), Image.Resampling.NEAREST).save(path)

@@ -156,7 +156,7 @@ def held_out_loss(
 # ------------------------------------------------------------------------------------------------- gradients
 
 
-def _loss(run: RunConfig, model: Callable[[Tensor, Tensor], Tensor], batch: Batch, interpolant: Interpolant) -> Tensor:
+def _loss(run: RunConfig, model: Callable[..., Tensor], batch: Batch, interpolant: Interpolant) -> Tensor:
     """Sum over the batch of Algorithm 1's loss."""
     pair = run.mixture.pair(interpolant, run.mixture.draw(batch.u), x0=batch.x0, x1=batch.x1)
     with torch.autocast(batch.x1.device.type, torch.bfloat16, enabled=run.training.precision == "bf16"):
