@@ -41,6 +41,7 @@ HEADER = "spool.json"  # names the experiment, for `replay`
 RUN_KEY = "mixflow.run_key"  # the tag that says which of our runs an MLflow run is
 CLAIMED = "mixflow.claimed"  # set once we know the run's id; a run without it stems from a request that got no answer
 CONFLICTS = "mixflow.param_conflicts"
+DRIVER = "postgresql+psycopg2"
 
 SPOOL_EVERY_S = 1.0  # at most this much is lost to a kill between two calls of `flush`
 RETRY_S = 2.0
@@ -618,8 +619,8 @@ def check_tracking(tracking_uri: str) -> str | None:
         ValueError: one line, for a URI that is none of http, https, sqlite and postgresql, credentials that are refused
             (401, 403), or a sqlite directory that cannot be written.
     """
-    scheme = urlsplit(tracking_uri).scheme.split("+")[0]
-    checks = {"http": _check_http, "https": _check_http, "sqlite": _check_sqlite, "postgresql": _check_postgresql}
+    scheme = urlsplit(_with_driver(tracking_uri)).scheme
+    checks = {"http": _check_http, "https": _check_http, "sqlite": _check_sqlite, DRIVER: _check_postgresql}
     if scheme not in checks:
         file_store = scheme in ("", "file")
         hint = "MLflow's file store is gone, use sqlite:////path/mlflow.db" if file_store else "correct it"
@@ -653,7 +654,7 @@ def ui_command(tracking_uri: str) -> str:
         return _without_password(tracking_uri)
     if urlsplit(tracking_uri).password:
         return 'mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"'
-    return f"mlflow ui --backend-store-uri {shlex.quote(tracking_uri)}"
+    return f"mlflow ui --backend-store-uri {shlex.quote(_with_driver(tracking_uri))}"
 
 
 def _check_http(uri: str) -> str | None:
@@ -689,7 +690,7 @@ def _check_postgresql(uri: str) -> str | None:
 
     shown = _without_password(uri)
     try:
-        psycopg2.connect(re.sub(r"^postgresql\+\w+:", "postgresql:", uri), connect_timeout=int(ANSWER_S)).close()
+        psycopg2.connect(_with_driver(uri).replace(DRIVER, "postgresql", 1), connect_timeout=int(ANSWER_S)).close()
     except psycopg2.OperationalError as error:
         reason = " ".join(str(error).split())
         if re.search("authentication failed|no pg_hba.conf entry|does not exist|no password supplied", reason):
@@ -748,7 +749,7 @@ def _mlflow_client(uri: str) -> Any:
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient
 
-    return MlflowClient(tracking_uri=uri)
+    return MlflowClient(tracking_uri=_with_driver(uri))
 
 
 def _entity(kind: str, row: Sequence[Any]) -> Any:
@@ -802,6 +803,11 @@ def _segment_weight(name: str) -> int:
 
 def _sqlite_file(uri: str) -> Path:
     return Path(os.path.abspath(uri.removeprefix("sqlite:///").split("?")[0]))
+
+
+def _with_driver(uri: str) -> str:
+    """SQLAlchemy 2.1 takes `postgresql:` for psycopg 3; what we depend on is psycopg2."""
+    return re.sub("^postgresql:", f"{DRIVER}:", uri)
 
 
 def _is_http(uri: str) -> bool:
