@@ -442,13 +442,16 @@ def s3_environment(environ: Mapping[str, str]) -> dict[str, str]:
     the store is AWS itself and nothing needs setting. What the user set is kept; no secret is ever in the answer.
 
     Raises:
-        ValueError: MLFLOW_S3_ENDPOINT_URL names another server than the AWS variables.
+        ValueError: the endpoint is not a URL, or MLFLOW_S3_ENDPOINT_URL names another server than the AWS variables.
     """
     names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL")
     given = {name: environ[name] for name in names if environ.get(name)}
     if not given:
         return {}
     source, endpoint = next(iter(given.items()))
+    if not re.fullmatch(r"https?://[^/@\s]+(/\S*)?", endpoint):
+        got = endpoint.rpartition("@")[2]  # what stands before it may be a secret
+        raise ValueError(f"{source} must be a URL such as http://127.0.0.1:9000, got {got!r}; correct it")
     mlflow = given.get("MLFLOW_S3_ENDPOINT_URL", endpoint)
     if mlflow.rstrip("/") != endpoint.rstrip("/"):
         raise ValueError(
