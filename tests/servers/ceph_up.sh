@@ -86,9 +86,13 @@ export CEPH_CONF=$DIR/ceph.conf
   timeout 60 radosgw -n client.rgw.a
 } >"$LOG" 2>&1
 
-for _ in $(seq 300); do
-  if (exec 3<>"/dev/tcp/127.0.0.1/$S3_PORT") 2>/dev/null; then exit 0; fi
+# A connection alone proves nothing: the port may be another server's.
+answers() {
+  exec 3<>"/dev/tcp/127.0.0.1/$S3_PORT" && printf 'GET / HTTP/1.0\r\n\r\n' >&3 && timeout 5 grep -q ListAllMyBuckets <&3
+}
+for _ in $(seq 100); do
+  if (answers) 2>/dev/null; then exit 0; fi
   sleep 0.1
 done
-echo "radosgw does not listen on port $S3_PORT" >>"$LOG"
+echo "no S3 server answers on port $S3_PORT" >>"$LOG"
 false
