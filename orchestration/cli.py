@@ -1,0 +1,186 @@
+"""The command line: `mixflow VERB EXPERIMENT [--set dotted.key=value ...] [--json]`."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+DONE, FAILED, WRONG_INPUT = 0, 1, 2
+
+# verb: (what it says of itself, the stages it is for; None for all)
+STAGE_VERBS: dict[str, tuple[str, tuple[str, ...] | None]] = {
+    "run": ("the whole workflow; running it again resumes and skips what is done", None),
+    "train": ("data, base and arms", ("arms",)),
+    "slow-flow": ("the Slow Flow measurement of the base", ("slow-flow/base",)),
+    "sample": ("samples of every arm, with what they need", ("samples",)),
+    "evaluate": ("metrics of every arm, with what they need", ("metrics",)),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one verb; returns 0 (done), 1 (the run failed) or 2 (wrong input)."""
+    arguments = _parser().parse_args(argv)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
+    if not arguments.debug:
+        warnings.simplefilter("ignore")
+    where = getattr(arguments, "experiment", None) or arguments.verb
+    try:
+        answer = arguments.act(arguments)
+    except Exception as error:
+        if arguments.debug:
+            raise
+        return _fail(where, error)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        return FAILED
+    if arguments.json:
+        print(json.dumps(answer, indent=1))
+    return int(answer.get("exit_code", DONE))
+
+
+def _fail(where: str, error: Exception) -> int:
+    from orchestration.launch import RunFailedError
+    from workers.manifest import CorruptError
+
+    text = " ".join(str(error).split()) or type(error).__name__
+    print(f"error: {text}" if text.startswith(f"{where}:") else f"error: {where}: {text}", file=sys.stderr)
+    wrong_input = isinstance(error, ValueError | CorruptError) and not isinstance(error, RunFailedError)
+    return WRONG_INPUT if wrong_input else FAILED
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse with this project's one-line errors and nearest names."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"error: {self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        sys.exit(WRONG_INPUT)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="mixflow", description=__doc__)
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, text: str, act: Callable[[argparse.Namespace], dict[str, Any]], experiment: bool = True) -> Any:
+        sub = verbs.add_parser(name, help=text, description=text)
+        sub.set_defaults(act=act)
+        if experiment:
+            sub.add_argument("experiment", metavar="EXPERIMENT", help="a recipe's name or a YAML file")
+            sub.add_argument(
+                "--set",
+                dest="overrides",
+                action="append",
+                default=[],
+                metavar="KEY=VALUE",
+                help="override a dotted key",
+            )
+        sub.add_argument("--json", action="store_true", help="print one JSON document on stdout, all else on stderr")
+        sub.add_argument("--debug", action="store_true", help="show tracebacks and warnings")
+        return sub
+
+    for name, (text, _) in STAGE_VERBS.items():
+        sub = verb(name, text, _run)
+        sub.add_argument("--resume", action="store_true", help="fail if there is nothing to resume")
+        sub.add_argument(
+            "--force", action="append", default=[], metavar="STAGE", help="redo a stage or all stages of a kind"
+        )
+    verb("plan", "check everything and show what a run would do, without doing it", _plan)
+    verb("report", "make the report anew from what is in the workspace", _report)
+    verb("replay", "send MLflow what it has not seen", _replay, experiment=False)
+    verb("doctor", "look at Ray, GPUs, object storage, MLflow and versions, and say how to mend them", _doctor, False)
+    return parser
+
+
+def _run(arguments: argparse.Namespace) -> dict[str, Any]:
+    from orchestration import tracking
+    from orchestration.experiment import load
+    from orchestration.report import text_table
+    from orchestration.run import open_place, run_experiment
+
+    experiment = load(arguments.experiment, arguments.overrides)
+    names = STAGE_VERBS[arguments.verb][1]
+    outcome = run_experiment(
+        experiment,
+        open_place(),
+        targets=lambda stage: names is None or stage.name in names or stage.kind in names,
+        force=tuple(arguments.force),
+        resume=arguments.resume,
+    )
+    if not arguments.json:
+        if "report" in outcome:
+            print(text_table(json.loads(_beside_report(outcome["report"], "results.json"))))
+            print(f"report:  {outcome['report']}")
+        print(f"MLflow:  {tracking.ui_command(outcome['tracking']['uri'])}")
+    return outcome
+
+
+def _beside_report(uri: str, name: str) -> bytes:
+    from orchestration.storage import open_storage
+
+    return open_storage(uri.rpartition("/")[0]).read(name)
+
+
+def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
+    from orchestration.experiment import load
+    from orchestration.plan import make_plan, plan_text
+    from orchestration.run import open_place
+
+    plan = make_plan(load(arguments.experiment, arguments.overrides), open_place())
+    if not arguments.json:
+        print(plan_text(plan))
+    return plan
+
+
+def _report(arguments: argparse.Namespace) -> dict[str, Any]:
+    from orchestration.experiment import load
+    from orchestration.run import open_place, run_experiment
+    from orchestration.workflow import Workspace
+
+    experiment, place = load(arguments.experiment, arguments.overrides), open_place()
+    workspace = Workspace(experiment, place.storage)
+    missing = [stage.name for stage in workspace.pending(list(workspace.stages.values())) if stage.kind != "report"]
+    if missing:
+        raise ValueError(
+            f"report must have finished stages to read, but {missing[0]} is still to do ({len(missing)} in all); "
+            f"run `mixflow run {arguments.experiment}` with the same --set"
+        )
+    outcome = run_experiment(experiment, place, force=("report",))
+    if not arguments.json:
+        print(outcome["report"])
+    return outcome
+
+
+def _replay(arguments: argparse.Namespace) -> dict[str, Any]:
+    from orchestration import tracking
+    from orchestration.run import open_place
+
+    place = open_place()
+    answer: dict[str, Any] = {"tracking": place.tracking_uri, "spools": []}
+    for spool in tracking.list_spools(place.storage):
+        found = tracking.replay(place.storage, place.tracking_uri, spool)
+        answer["spools"].append({"spool": spool, "sent": found.sent, "pending": found.pending})
+        if not arguments.json:
+            print(f"{spool}: {found.sent} events sent, {found.pending} still waiting")
+    if not answer["spools"] and not arguments.json:
+        print(f"no spool in {place.storage.uri}: nothing to send")
+    pending = sum(spool["pending"] for spool in answer["spools"])
+    return {**answer, "exit_code": FAILED if pending else DONE}
+
+
+def _doctor(arguments: argparse.Namespace) -> dict[str, Any]:
+    from orchestration.plan import examine
+
+    findings = examine(dict(os.environ))
+    if not arguments.json:
+        for finding in findings:
+            print(f"{'ok  ' if finding['ok'] else 'FAIL'}  {finding['what']:<14} {finding['says']}")
+    return {"findings": findings, "exit_code": DONE if all(f["ok"] for f in findings) else FAILED}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""The Ray cluster: starting or joining it, and what it must offer before anything runs on it."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from typing import Any
+
+from orchestration.experiment import Cluster
+from orchestration.storage import Storage
+
+NAMESPACE = "mixflow"
+
+
+def inside_job() -> bool:
+    """Whether this process is the entry point of a Ray job."""
+    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+
+
+def connect(environment: dict[str, str]) -> None:
+    """Joins the cluster of RAY_ADDRESS, or starts one on this machine for the time of this process.
+
+    Args:
+        environment: variables that every worker process needs; no secrets, they are shown by Ray.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray would print every worker's output twice.
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # The driver looks at a finished group every two seconds by default.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    import ray
+
+    variables = {**environment, **{k: v for k, v in os.environ.items() if k.startswith("RAY_TRAIN_")}}
+    options: dict[str, Any] = {
+        "namespace": NAMESPACE,
+        "runtime_env": {"env_vars": variables},
+        "logging_level": "ERROR",
+        "log_to_driver": False,
+    }
+    if os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(**options)
+        except ConnectionError as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"RAY_ADDRESS must name a running cluster, got {os.environ['RAY_ADDRESS']!r}; {reason}"
+            ) from error
+    else:
+        ray.init(address="local", include_dashboard=False, object_store_memory=256 * 2**20, **options)
+
+
+def check_resources(cluster: Cluster) -> None:
+    """Refuses an experiment whose workers do not fit: Ray would wait for them for ever.
+
+    Raises:
+        ValueError: too few CPUs or GPUs in the cluster.
+    """
+    import ray
+
+    there = ray.cluster_resources()
+    wanted = {
+        "CPU": cluster.num_workers * cluster.cpus_per_worker,
+        "GPU": cluster.num_workers * cluster.gpus_per_worker,
+    }
+    for kind, amount in wanted.items():
+        if amount > there.get(kind, 0):
+            raise ValueError(
+                f"cluster.num_workers {cluster.num_workers} must fit the cluster: {amount:g} {kind}s are asked for, "
+                f"{there.get(kind, 0):g} are there; lower cluster.num_workers or cluster.{kind.lower()}s_per_worker"
+            )
+
+
+def check_shared(storage: Storage) -> None:
+    """Refuses a local workspace that some node of the cluster does not see.
+
+    Raises:
+        ValueError: naming the node.
+    """
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    nodes = [node for node in ray.nodes() if node["Alive"]]
+    if not storage.is_local or len(nodes) == 1:
+        return
+    probe = f".probe-{uuid.uuid4().hex}"
+    storage.put(probe, b"")
+    try:
+        sees = ray.remote(num_cpus=0)(lambda: storage.exists(probe))
+        for node in nodes:
+            here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+            if not ray.get(sees.options(scheduling_strategy=here).remote()):
+                raise ValueError(
+                    f"MIXFLOW_WORKSPACE must be shared by all nodes, but {node['NodeManagerAddress']} does not see "
+                    f"{storage.uri}; use s3://bucket/prefix"
+                )
+    finally:
+        storage.delete(probe)

@@ -1,0 +1,196 @@
+"""Experiment -> TorchTrainer -> result: the worker group that serves all stages in turn, and what it reports to."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from orchestration.cluster import NAMESPACE
+from orchestration.experiment import Experiment
+from orchestration.storage import Storage, open_storage
+from orchestration.tracking import Metric, Tracker
+from orchestration.workflow import Stage, Workspace
+
+log = logging.getLogger(__name__)
+TRACKED_KINDS = ("base", "arms")
+
+
+class RunFailedError(Exception):
+    """The run failed for a reason that running the same again would not change, or after all restarts."""
+
+
+class Reporter:
+    """The one process that speaks to MLflow, and that knows how far the workers are; a Ray actor.
+
+    Workers call `tell` without waiting for it; the driver asks for `progress`.
+    """
+
+    def __init__(self, workspace: str, tracking_uri: str, experiment: str, home: str) -> None:
+        self.home = home
+        self.tracker = Tracker(open_storage(workspace), tracking_uri, experiment, f"tracking/{home.split('/')[-1]}")
+        self.latest: dict[str, Any] = {}
+
+    def tell(self, stage: str, done: int, total: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
+        """Progress of a stage and metrics of its run at step `done`."""
+        self.latest = {"stage": stage, "done": done, "total": total, "metrics": dict(metrics)}
+        if metrics and stage.split("/")[0] in TRACKED_KINDS:
+            self.tracker.log(self.key(stage), [Metric(k, done, v, timestamp_ms) for k, v in metrics.items()])
+
+    def progress(self) -> dict[str, Any]:
+        """What was told last."""
+        return self.latest
+
+    def key(self, stage: str) -> str:
+        """Key of a stage's run; "" is the experiment's own."""
+        return f"{self.home}/{stage}" if stage else self.home
+
+    def start_run(
+        self, stage: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str], parent: str | None = None
+    ) -> None:
+        """Starts or continues a run, as a child of `parent`'s where one is given."""
+        key = None if parent is None else self.key(parent)
+        self.tracker.start_run(self.key(stage), name, parent=key, params=params, tags=tags)
+
+    def log(self, stage: str, metrics: list[Metric]) -> None:
+        """Metrics of a run; what MLflow has already is not sent again."""
+        self.tracker.log(self.key(stage), metrics)
+
+    def artifacts(self, stage: str, paths: list[str], artifact_path: str) -> None:
+        """Copies objects of the workspace to a run's artifacts."""
+        for path in paths:
+            self.tracker.artifact(self.key(stage), path, artifact_path)
+
+    def tags(self, stage: str, tags: Mapping[str, str]) -> None:
+        """Sets tags of a run."""
+        self.tracker.tags(self.key(stage), tags)
+
+    def end_run(self, stage: str, status: str) -> None:
+        """Ends a run."""
+        self.tracker.end_run(self.key(stage), status)
+
+    def drain(self, timeout_s: float) -> dict[str, Any]:
+        """Waits while MLflow takes what there is; returns the tracker's status and the experiment's MLflow run."""
+        self.tracker.drain(timeout_s)
+        return {**self.tracker.status(), "run_id": self.tracker.run_id(self.home)}
+
+
+def start_reporter(workspace: Workspace, tracking_uri: str) -> Any:
+    """The Reporter actor, beside the driver; Ray restarts it if it dies, and its spool goes on."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(Reporter)
+    options = {"name": f"reporter-{uuid.uuid4().hex[:8]}", "namespace": NAMESPACE, "scheduling_strategy": here}
+    handle = actor.options(**options).remote(
+        workspace.storage.uri, tracking_uri, workspace.experiment.name, workspace.home
+    )
+    return handle, options["name"]
+
+
+def launch(workspace: Workspace, stages: list[Stage], reporter_name: str) -> None:
+    """Runs stages on a group of Ray Train workers.
+
+    Ray restarts the group when a worker or a node dies; when its controller dies the restart is made here. Each restart
+    goes on where the workspace stands, and no more than cluster.max_failures are made.
+
+    Raises:
+        RunFailedError: the loss was not finite, or the restarts were used up.
+    """
+    import ray
+    import ray.train
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    cluster = workspace.experiment.cluster
+    config = {
+        "experiment": workspace.experiment.model_dump_json(),
+        "workspace": workspace.storage.uri,
+        "stages": [stage.name for stage in stages],
+        "reporter": reporter_name,
+    }
+    gpu = cluster.gpus_per_worker > 0
+    for attempt in range(cluster.max_failures + 1):
+        trainer = TorchTrainer(
+            worker_entry,
+            train_loop_config=config,
+            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=cluster.num_workers,
+                use_gpu=gpu,
+                resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
+            ),
+            run_config=ray.train.RunConfig(
+                # Never the same name twice: Ray would take up its own record of the run, ours is the workspace.
+                name=f"{workspace.experiment.name}-{uuid.uuid4().hex[:8]}",
+                storage_path=f"{workspace.storage.uri}/ray",
+                failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures - attempt),
+            ),
+        )
+        try:
+            result = trainer.fit()
+        except ray.exceptions.ActorDiedError as error:
+            log.warning(
+                "Ray Train's controller died (%s); start %d of %d", error, attempt + 2, cluster.max_failures + 1
+            )
+            continue
+        except ray.train.TrainingFailedError as error:
+            raise RunFailedError(_cause(error)) from error
+        if result.return_value and "error" in result.return_value:
+            raise RunFailedError(result.return_value["error"])
+        return
+    raise RunFailedError("Ray Train's controller died again and again; see the cluster's logs")
+
+
+def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
+    """What Ray Train starts on each worker: the thin layer between Ray and the stages."""
+    import ray
+    import ray.train
+    import ray.train.torch
+    import torch
+
+    from orchestration.stages import Site, run_stages
+    from workers.train import NonFiniteLossError
+
+    experiment = Experiment.model_validate_json(config["experiment"])
+    torch.set_num_threads(max(1, int(experiment.cluster.cpus_per_worker)))
+    context = ray.train.get_context()
+    reporter = ray.get_actor(config["reporter"], NAMESPACE)
+
+    def tell(stage: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
+        reporter.tell.remote(stage, done, total, metrics, int(time.time() * 1000))
+
+    workspace = Workspace(experiment, open_storage(config["workspace"]))
+    site = Site(
+        workspace=workspace,
+        rank=context.get_world_rank(),
+        world_size=context.get_world_size(),
+        device=ray.train.torch.get_device() if experiment.cluster.gpus_per_worker else torch.device("cpu"),
+        cache=cache_directory(workspace.storage),
+        tell=tell,
+    )
+    try:
+        run_stages(site, [workspace.stages[name] for name in config["stages"]])
+    except NonFiniteLossError as error:
+        # Raised on all ranks together, and again on every restart: returned, so that Ray makes none.
+        return {"error": str(error)}
+    return {}
+
+
+def cache_directory(storage: Storage) -> Path:
+    """This machine's directory for fetched artifacts and memory maps; safe to remove between runs."""
+    if storage.is_local:
+        return Path(storage.uri) / "cache"
+    return Path(tempfile.gettempdir()) / f"mixflow-cache-{Path.home().name}"
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost reason of a Ray failure in one line."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__

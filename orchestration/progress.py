@@ -1,0 +1,80 @@
+"""Progress of long work: a bar on a terminal, plain lines in a log, always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+LINE_EVERY_S = 5.0
+
+
+class Progress:
+    """Shows how far a list of stages is.
+
+    Args:
+        stages: names of all stages in order.
+        done: how many of them were there already.
+    """
+
+    def __init__(self, stages: list[str], done: int) -> None:
+        self.stages, self.start, self.last_line = stages, time.monotonic(), 0.0
+        self.shown = ""
+        self.bar = tqdm(total=len(stages), initial=done, unit="stage", dynamic_ncols=True, file=sys.stderr)
+        self.is_terminal = sys.stderr.isatty()
+        if not self.is_terminal:
+            self.bar.disable = True
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        if self.is_terminal:
+            self.bar.write(text, file=sys.stderr)
+        else:
+            print(f"[{time.monotonic() - self.start:6.1f} s] {text}", file=sys.stderr, flush=True)
+
+    def show(self, latest: Mapping[str, Any]) -> None:
+        """The newest progress: {stage, done, total, metrics}."""
+        stage = latest.get("stage")
+        if stage not in self.stages:
+            return
+        place = self.stages.index(stage)
+        share = latest["done"] / latest["total"]
+        loss = latest["metrics"].get("train/loss")
+        steps = f" step {latest['done']}/{latest['total']}" if latest["total"] > 1 else ""
+        text = f"{stage}{steps}" + (f" loss {loss:.4f}" if loss is not None else "")
+        if self.is_terminal:
+            self.bar.n = round(place + share, 2)
+            self.bar.set_postfix_str(text)
+            return
+        now = time.monotonic()
+        if text != self.shown and (now - self.last_line > LINE_EVERY_S or latest["done"] == latest["total"]):
+            self.last_line, self.shown = now, text
+            self.say(f"stage {place + 1}/{len(self.stages)}  {text}")
+
+    @contextmanager
+    def following(self, latest: Callable[[], Mapping[str, Any] | None]) -> Iterator[None]:
+        """Shows latest() every half second while the block runs."""
+        stop = threading.Event()
+
+        def follow() -> None:
+            while not stop.wait(0.5):
+                found = latest()
+                if found:
+                    self.show(found)
+
+        thread = threading.Thread(target=follow, daemon=True, name="progress")
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join(timeout=5)
+
+    def close(self) -> None:
+        """Leaves the terminal as it was."""
+        self.bar.close()

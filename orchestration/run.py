@@ -1,0 +1,388 @@
+"""The driver's part of a run: check everything, run what is still to do, track it, report."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from orchestration import cluster, results, tracking
+from orchestration.experiment import Experiment
+from orchestration.launch import Reporter, RunFailedError, cache_directory, launch, start_reporter
+from orchestration.progress import Progress
+from orchestration.report import write_report
+from orchestration.storage import Storage, open_storage, s3_environment
+from orchestration.workflow import Artifact, Stage, Workspace, needed_for
+from workers import data as images
+from workers.manifest import measure
+
+DRAIN_S = 60.0
+
+
+@dataclass
+class Place:
+    """Where an experiment is kept and tracked, checked."""
+
+    storage: Storage
+    tracking_uri: str
+    warnings: list[str]
+
+
+def open_place() -> Place:
+    """The workspace and the tracking URI of the environment, after trying both.
+
+    Raises:
+        ValueError: one of them cannot be used; a tracking server that does not answer is only a warning.
+    """
+    os.environ.update(s3_environment(os.environ))
+    uri = os.environ.get("MIXFLOW_WORKSPACE", "")
+    if cluster.inside_job() and not (uri.startswith(("s3://", "/", "file:"))):
+        raise ValueError(
+            f"MIXFLOW_WORKSPACE must be an s3:// URI or an absolute path on a shared disk inside a Ray job, got {uri!r}; "
+            "give it in the job's runtime environment"
+        )
+    storage = open_storage(uri or "./mixflow-workspace")
+    tracking_uri = tracking.default_tracking_uri(storage)
+    storage.check()
+    warning = tracking.check_tracking(tracking_uri)
+    return Place(storage, tracking_uri, [warning] if warning else [])
+
+
+def check_inputs(workspace: Workspace) -> None:
+    """Reads everything that was given or that an earlier run left, before any worker is started.
+
+    Raises:
+        ValueError: data or a checkpoint that cannot be used; CorruptError: an artifact that was altered.
+    """
+    experiment, cache = workspace.experiment, cache_directory(workspace.storage)
+    if experiment.data.shards and workspace.artifact("data") is None:
+        raise ValueError(f"data.shards must be a directory with a manifest.json, got {experiment.data.shards!r}")
+    artifact = workspace.artifact("data")
+    if artifact:
+        directory = artifact.fetch(cache)
+        for split in images.SPLITS:
+            _check_split(experiment, *images.read_shards(directory, split))
+    if experiment.base.checkpoint and workspace.artifact("base") is None:
+        with _given_checkpoint(experiment):
+            pass  # readable, of the right hash and architecture
+    for stage in workspace.stages.values():
+        artifact = workspace.artifact(stage.name) if stage.kind in ("base", "features", "arms") else None
+        if artifact and workspace.storage.is_local:
+            artifact.fetch(cache)
+
+
+def _check_split(experiment: Experiment, split: images.ImageSet, num_classes: int) -> None:
+    model, shape = experiment.model, split.images.shape[1:]
+    if shape != (model.in_channels, model.input_size, model.input_size):
+        raise ValueError(
+            f"model.input_size and in_channels must fit the data's shape {shape}, "
+            f"got {model.input_size} and {model.in_channels}"
+        )
+    if num_classes != model.num_classes:
+        raise ValueError(f"model.num_classes must be the data's {num_classes}, got {model.num_classes}")
+
+
+@contextmanager
+def _given_checkpoint(experiment: Experiment) -> Any:
+    """A local, verified, strictly fitting copy of the given base's weights as a state dict."""
+    from workers.models.checkpoints import check_architecture, load_weights
+
+    uri, sha256 = experiment.base.checkpoint or "", experiment.base.sha256
+    folder, _, name = uri.rpartition("/")
+    with tempfile.TemporaryDirectory(prefix="mixflow-base-") as scratch:
+        storage = open_storage(folder or ".")
+        path = Path(storage.uri) / name if storage.is_local else Path(scratch) / name
+        if not storage.is_local:
+            path.write_bytes(storage.read(name))
+        if not path.is_file():
+            raise ValueError(f"base.checkpoint must be a file, got {uri!r}, which does not exist")
+        found = measure(path).sha256
+        if found != sha256:
+            raise ValueError(f"base.sha256 must be the checkpoint's {found}, got {sha256}; the file is another one")
+        weights = load_weights(path)
+        check_architecture(weights, experiment.model, uri)
+        yield weights
+
+
+def run_experiment(
+    experiment: Experiment,
+    place: Place,
+    *,
+    targets: Callable[[Stage], bool] = lambda stage: True,
+    force: tuple[str, ...] = (),
+    resume: bool = False,
+) -> dict[str, Any]:
+    """Runs the stages that are targets, with all they need, and returns what `--json` prints.
+
+    Raises:
+        ValueError, CorruptError: wrong input, before any worker is started.
+        RunFailedError: the run itself failed.
+    """
+    workspace = Workspace(experiment, place.storage)
+    record = f"{workspace.home}/experiment.json"
+    if resume and not place.storage.exists(record):
+        raise ValueError(
+            f"--resume needs an earlier run of {experiment.name} with these settings in {place.storage.uri}"
+        )
+    stages = needed_for(list(workspace.stages.values()), targets)
+    _forget(workspace, force)
+    check_inputs(workspace)
+    with workspace.lease(), ExitStack() as cleanup:
+        place.storage.put(record, experiment.model_dump_json(indent=1).encode())
+        states = {stage.name: workspace.state(stage.name) for stage in stages}
+        progress = Progress([s.name for s in stages], sum(state != "to do" for state in states.values()))
+        cleanup.callback(progress.close)
+        for line in [*place.warnings, *_stale(states)]:
+            progress.say(f"warning: {line}")
+        _driver_stages(workspace, stages, progress)
+        pending = [stage for stage in workspace.pending(stages) if not stage.on_driver]
+        reporter = _open_reporter(workspace, place, bool(pending), cleanup, progress)
+        _start_runs(workspace, stages, reporter)
+        try:
+            if pending:
+                with progress.following(reporter.progress):
+                    launch(workspace, pending, reporter.name)
+                workspace = Workspace(experiment, place.storage)
+            outcome = _finish(workspace, stages, states, reporter, progress)
+        except BaseException as error:
+            reporter.end(stages, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+        outcome["tracking"] = _delivered(reporter, place, progress)
+        return outcome
+
+
+def _forget(workspace: Workspace, force: tuple[str, ...]) -> None:
+    for name in force:
+        found = [stage for stage in workspace.stages if stage == name or stage.startswith(f"{name}/")]
+        if not found:
+            raise ValueError(f"--force must name a stage, got {name!r}; stages are {', '.join(workspace.stages)}")
+        for stage in found:
+            workspace.forget(stage)
+
+
+def _stale(states: Mapping[str, str]) -> list[str]:
+    stale = [name for name, state in states.items() if state == "stale"]
+    if not stale:
+        return []
+    return [f"{len(stale)} stages were made by another version of the code and are kept; --force {stale[0]} redoes one"]
+
+
+def _driver_stages(workspace: Workspace, stages: list[Stage], progress: Progress) -> None:
+    """Data and a given base: they need no worker."""
+    names = [stage.name for stage in stages]
+    if "data" in names and workspace.artifact("data") is None:
+        with _scratch() as directory:
+            start, digits = time.monotonic(), workspace.experiment.data.digits
+            assert digits, "shards that are given were checked before"
+            images.write_shards(images.digits(digits.image_size, digits.held_out), directory, num_classes=10)
+            workspace.publish("data", directory, seconds=time.monotonic() - start)
+        progress.show({"stage": "data", "done": 1, "total": 1, "metrics": {}})
+    if "base" in names and workspace.experiment.base.checkpoint and workspace.artifact("base") is None:
+        from safetensors.torch import save_file
+
+        start = time.monotonic()
+        with _scratch() as directory, _given_checkpoint(workspace.experiment) as weights:
+            save_file({key: value.contiguous() for key, value in weights.items()}, directory / "weights.safetensors")
+            workspace.publish("base", directory, seconds=time.monotonic() - start)
+        progress.show({"stage": "base", "done": 1, "total": 1, "metrics": {}})
+
+
+# --------------------------------------------------------------------------------------------------- tracking
+
+
+class _ReporterClient:
+    """Calls the Reporter, an actor while workers run, else an object of this process."""
+
+    def __init__(self, reporter: Any, name: str) -> None:
+        self.reporter, self.name = reporter, name
+
+    def __call__(self, method: str, *args: Any) -> Any:
+        call = getattr(self.reporter, method)
+        if not self.name:
+            return call(*args)
+        import ray
+
+        return ray.get(call.remote(*args))
+
+    def progress(self) -> Mapping[str, Any] | None:
+        """What the workers told last; None while the actor is being restarted."""
+        import ray
+
+        try:
+            return ray.get(self.reporter.progress.remote(), timeout=5)
+        except (ray.exceptions.RayError, TimeoutError):
+            return None
+
+    def end(self, stages: list[Stage], status: str) -> None:
+        """Ends every run of the experiment, as far as the cluster still answers."""
+        try:
+            for stage in _runs(stages):
+                self("end_run", stage, status)
+            self("drain", 5.0)
+        except Exception as error:  # the run's own failure is what the user must see
+            print(f"warning: MLflow was not told that the run {status.lower()}: {error}", file=sys.stderr)
+
+
+def _open_reporter(
+    workspace: Workspace, place: Place, with_workers: bool, cleanup: ExitStack, progress: Progress
+) -> _ReporterClient:
+    if not with_workers:
+        reporter = Reporter(place.storage.uri, place.tracking_uri, workspace.experiment.name, workspace.home)
+        cleanup.callback(reporter.tracker.close)
+        return _ReporterClient(reporter, "")
+    import ray
+
+    progress.say("starting Ray" if not os.environ.get("RAY_ADDRESS") else f"joining {os.environ['RAY_ADDRESS']}")
+    cluster.connect(s3_environment(os.environ))
+    cleanup.callback(ray.shutdown)
+    cluster.check_resources(workspace.experiment.cluster)
+    cluster.check_shared(place.storage)
+    actor, name = start_reporter(workspace, place.tracking_uri)
+    return _ReporterClient(actor, name)
+
+
+def _runs(stages: list[Stage]) -> list[str]:
+    """The stages that are runs in MLflow, the experiment's own ("") last."""
+    return [stage.name for stage in stages if stage.kind in ("base", "arms")] + [""]
+
+
+def _start_runs(workspace: Workspace, stages: list[Stage], reporter: _ReporterClient) -> None:
+    experiment = workspace.experiment
+    tags = {"mixflow.experiment": experiment.identity, "mixflow.workspace": workspace.storage.uri}
+    reporter("start_run", "", experiment.name, experiment.model_dump(mode="json"), tags)
+    for stage in stages:
+        if stage.kind in ("base", "arms"):
+            arm, seed = (stage.name.split("/")[1:] + ["", ""])[:2]
+            about = {"mixflow.arm": arm or "base", "mixflow.replicate": seed or "0"}
+            reporter("start_run", stage.name, stage.name.removeprefix("arms/"), stage.settings, about, "")
+
+
+def _finish(
+    workspace: Workspace, stages: list[Stage], before: Mapping[str, str], reporter: _ReporterClient, progress: Progress
+) -> dict[str, Any]:
+    """Report and tracking from what lies in the workspace, whoever computed it."""
+    outcome: dict[str, Any] = {"workspace": workspace.storage.uri, "experiment": workspace.home}
+    names = [stage.name for stage in stages]
+    if "report" in names:
+        summary = results.summarise(workspace)
+        start = time.monotonic()
+        if workspace.artifact("report") is None:
+            with _scratch() as directory:
+                write_report(workspace, summary, directory)
+                workspace.publish("report", directory, seconds=time.monotonic() - start)
+            progress.show({"stage": "report", "done": 1, "total": 1, "metrics": {}})
+        outcome.update(arms=_arms(summary), report=_place_report(workspace))
+    for stage in stages:
+        if stage.kind in ("base", "arms"):
+            _track_training(workspace, stage.name, reporter)
+    if "report" in names:
+        _track_evaluation(workspace, summary, reporter)
+    for name in _runs(stages):
+        reporter("end_run", name, "FINISHED")
+    outcome["stages"] = [
+        {
+            "name": name,
+            "state": "done" if before[name] == "to do" else "reused",
+            "seconds": artifact.manifest.meta.get("seconds"),
+        }
+        for name in names
+        if (artifact := workspace.artifact(name))
+    ]
+    return outcome
+
+
+def _arms(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return [{"name": name, **arm, "verdict": arm["verdict"]["verdict"]} for name, arm in summary["arms"].items()]
+
+
+def _place_report(workspace: Workspace) -> str:
+    """A copy of the report at a place that can be remembered; returns its URI."""
+    artifact = workspace.artifact("report")
+    assert artifact, "the report was published before"
+    for name in artifact.manifest.files:
+        workspace.storage.put(f"{workspace.home}/{name}", workspace.storage.read(f"{artifact.path}/{name}"))
+    return f"{workspace.storage.uri}/{workspace.home}/report.html"
+
+
+def _track_training(workspace: Workspace, name: str, reporter: _ReporterClient) -> None:
+    artifact: Artifact | None = workspace.artifact(name)
+    if artifact is None:
+        return
+    now = int(time.time() * 1000)
+    if "history.jsonl" in artifact.manifest.files:
+        rows = map(json.loads, workspace.storage.read(f"{artifact.path}/history.jsonl").splitlines())
+        values = [(k, row["step"], v) for row in rows for k, v in row.items() if k != "step"]
+        reporter("log", name, [tracking.Metric(k, step, v, now) for k, step, v in values])
+    meta = artifact.manifest.meta
+    about = {
+        "mixflow.weights": f"{artifact.uri}/{artifact.path}/weights.safetensors",
+        "mixflow.weights_sha256": artifact.manifest.files["weights.safetensors"].sha256,
+        "mixflow.checkpoints": meta.get("checkpoints", "none: the weights were given"),
+        "mixflow.code": meta["code"],
+    }
+    reporter("tags", name, about)
+
+
+def _track_evaluation(workspace: Workspace, summary: Mapping[str, Any], reporter: _ReporterClient) -> None:
+    experiment, now = workspace.experiment, int(time.time() * 1000)
+    step = experiment.training.steps
+    for name, arm in summary["arms"].items():
+        trained = experiment.arms[name].train
+        for k in arm["seeds"]:
+            run = f"arms/{name}/{k}"
+            if not trained:  # the base under sampling seed k has no training run of its own
+                about = {"mixflow.arm": name, "mixflow.replicate": str(k)}
+                reporter("start_run", run, f"{name}/{k}", {"post_training": "none"}, about, "")
+            reporter("log", run, [
+                tracking.Metric(f"eval/{metric}/{cell}", step if trained else 0, interval["values"][k], now)
+                for cell, of_cell in arm["metrics"].items()
+                for metric, interval in of_cell.items()
+            ])  # fmt: skip
+            samples = workspace.artifact(f"samples/{name}/{k}")
+            assert samples, "samples were there for the metrics"
+            grids = [f"{samples.path}/{file}" for file in samples.manifest.files if file.endswith(".png")]
+            reporter("artifacts", run, grids, "grids")
+            reporter("tags", run, {"mixflow.samples": f"{samples.uri}/{samples.path}"})
+            if not trained:
+                reporter("end_run", run, "FINISHED")
+    metric, _, cell = experiment.evaluation.primary.partition("/")
+    reporter("log", "", [
+        tracking.Metric(f"primary/{name}", 0, arm["metrics"][cell][metric]["mean"], now)
+        for name, arm in summary["arms"].items()
+    ])  # fmt: skip
+    reporter(
+        "tags", "", {f"mixflow.verdict.{name}": arm["verdict"]["verdict"] for name, arm in summary["arms"].items()}
+    )
+    report = workspace.artifact("report")
+    assert report, "the report was published before"
+    reporter("artifacts", "", [f"{report.path}/{name}" for name in report.manifest.files], "")
+
+
+def _delivered(reporter: _ReporterClient, place: Place, progress: Progress) -> dict[str, Any]:
+    status = reporter("drain", DRAIN_S)
+    if status["pending"]:
+        progress.say(
+            f"warning: MLflow at {place.tracking_uri} has not taken {status['pending']} events "
+            f"({status['last_error']}); they are kept, `mixflow replay` sends them later"
+        )
+    return {"uri": place.tracking_uri, "parent_run": status["run_id"], "pending": status["pending"]}
+
+
+@contextmanager
+def _scratch() -> Any:
+    directory = Path(tempfile.mkdtemp(prefix="mixflow-"))
+    try:
+        yield directory
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+__all__ = ["Place", "RunFailedError", "check_inputs", "open_place", "run_experiment"]

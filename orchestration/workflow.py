@@ -1,0 +1,276 @@
+"""The stages of an experiment, their identities, and where each one stands.
+
+A stage's identity is its settings and its inputs' content hashes; its result is a published directory
+`<kind>/<identity>/` of the workspace, which exists when its manifest does. Running again therefore resumes: what is
+there is skipped, whatever was killed and whoever made it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from orchestration.experiment import Experiment
+from orchestration.storage import Storage, open_storage
+from workers.manifest import Manifest, canonical_hash
+
+KINDS = ("data", "base", "features", "arms", "slow-flow", "samples", "metrics", "report")
+LEASE_S = 60.0
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One piece of work.
+
+    Attributes:
+        name: unique in the experiment, `<kind>` or `<kind>/<arm>/<replicate>`.
+        settings: plain JSON; with the inputs' content it decides the result.
+        inputs: names of the stages whose results it reads.
+        on_driver: needs no worker.
+    """
+
+    name: str
+    settings: Mapping[str, Any]
+    inputs: tuple[str, ...] = ()
+    on_driver: bool = False
+
+    @property
+    def kind(self) -> str:
+        """What it does, one of KINDS, in this order but for slow-flow/base, which comes before the arms."""
+        return self.name.split("/")[0]
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """The result of a stage: a published directory."""
+
+    uri: str
+    path: str
+    manifest: Manifest
+
+    def fetch(self, cache: Path) -> Path:
+        """A verified local copy (the directory itself where it is local)."""
+        return open_storage(self.uri).fetch(self.path, cache / self.manifest.digest[:16])
+
+
+def stages_of(experiment: Experiment) -> list[Stage]:
+    """All stages of an experiment in an order that respects their inputs."""
+    e = experiment
+    base_run = e.base_run()
+    stages = [
+        Stage("data", e.data.model_dump(mode="json"), on_driver=True),
+        Stage(
+            "base",
+            {"run": base_run.model_dump(mode="json")}
+            if base_run
+            else {"model": asdict(e.model), "sha256": e.base.sha256},
+            ("data",) if base_run else (),
+            on_driver=base_run is None,
+        ),
+        Stage("features", {"num_classes": e.model.num_classes, "path": e.path}, ("data",)),
+    ]
+    trained = [name for name, arm in e.arms.items() if arm.train]
+    sampling_run = e.sampling_run().model_dump(mode="json", exclude={"training", "mixture", "seed"})
+    replicates = range(e.replicates)
+
+    def slow_flow(of: str, weights: str) -> Stage:
+        settings = {"run": sampling_run, "num_samples": e.evaluation.slow_flow_samples, "seed": e.sampling_seed(0)}
+        return Stage(f"slow-flow/{of}", settings, ("data", "features", weights))
+
+    def weights_of(arm: str, replicate: int) -> str:
+        return f"arms/{arm}/{replicate}" if arm in trained else "base"
+
+    def samples(arm: str, replicate: int) -> Stage:
+        settings = {
+            "run": sampling_run,
+            "samplers": [asdict(s) for s in e.evaluation.samplers],
+            "num_samples": e.evaluation.num_samples,
+            "batch_size": e.evaluation.sample_batch_size,
+            "seed": e.sampling_seed(replicate),
+        }
+        return Stage(f"samples/{arm}/{replicate}", settings, (weights_of(arm, replicate),))
+
+    stages.append(slow_flow("base", "base"))
+    for k in replicates:
+        for arm in trained:
+            run = e.arm_run(arm, k).model_dump(mode="json")
+            stages.append(Stage(f"arms/{arm}/{k}", {"run": run}, ("data", "base")))
+    stages += [slow_flow(arm, f"arms/{arm}/0") for arm in trained]
+    stages += [samples(arm, k) for k in replicates for arm in e.arms]
+    for k in replicates:
+        for arm in e.arms:
+            stages.append(Stage(f"metrics/{arm}/{k}", {}, (f"samples/{arm}/{k}", "features", "data")))
+    reported = tuple(s.name for s in stages if s.kind in ("metrics", "slow-flow"))
+    return [*stages, Stage("report", {"experiment": e.identity}, reported, on_driver=True)]
+
+
+def needed_for(stages: list[Stage], targets: Callable[[Stage], bool]) -> list[Stage]:
+    """The stages that are targets and everything they read, in order."""
+    by_name = {stage.name: stage for stage in stages}
+    wanted: set[str] = set()
+
+    def add(name: str) -> None:
+        if name not in wanted:
+            wanted.add(name)
+            for other in by_name[name].inputs:
+                add(other)
+
+    for stage in stages:
+        if targets(stage):
+            add(stage.name)
+    return [stage for stage in stages if stage.name in wanted]
+
+
+class Workspace:
+    """Where each stage of an experiment stands in a storage."""
+
+    def __init__(self, experiment: Experiment, storage: Storage) -> None:
+        self.experiment, self.storage = experiment, storage
+        self.stages = {stage.name: stage for stage in stages_of(experiment)}
+        self._found: dict[str, Artifact] = {}
+
+    @property
+    def home(self) -> str:
+        """Directory of what belongs to this experiment alone: its record, lease, spool and report."""
+        return f"experiments/{self.experiment.name}-{self.experiment.identity}"
+
+    def identity(self, name: str) -> str | None:
+        """Identity of a stage, None while an input is not there."""
+        stage = self.stages[name]
+        inputs = {}
+        for other in stage.inputs:
+            artifact = self.artifact(other)
+            if artifact is None:
+                return None
+            inputs[other.split("/")[0]] = artifact.manifest.digest
+        if stage.kind == "report":  # reads many results of one kind
+            inputs = {other: self._found[other].manifest.digest for other in stage.inputs}
+        return canonical_hash({"kind": stage.kind, "settings": stage.settings, "inputs": inputs})[:16]
+
+    def path(self, name: str) -> str:
+        """Directory of a stage's result, whose inputs must be there."""
+        identity = self.identity(name)
+        assert identity, f"{name} was asked for before its inputs"
+        return f"{self.stages[name].kind}/{identity}"
+
+    def checkpoints(self, name: str) -> str:
+        """Directory of a training stage's checkpoints."""
+        return f"checkpoints/{self.path(name).replace('/', '-')}"
+
+    def artifact(self, name: str) -> Artifact | None:
+        """The result of a stage, None if it is still to do."""
+        if name not in self._found:
+            shards = self.experiment.data.shards
+            uri, path = (shards, "") if name == "data" and shards else (self.storage.uri, None)
+            if path is None:
+                identity = self.identity(name)
+                if identity is None:
+                    return None
+                path = f"{self.stages[name].kind}/{identity}"
+            manifest = open_storage(uri).manifest(path)
+            if manifest is None:
+                return None
+            self._found[name] = Artifact(uri, path, manifest)
+        return self._found[name]
+
+    def state(self, name: str) -> str:
+        """`done`, `stale` (done, by another version of the code) or `to do`."""
+        artifact = self.artifact(name)
+        if artifact is None:
+            return "to do"
+        return "done" if artifact.manifest.meta.get("code", code_version()) == code_version() else "stale"
+
+    def pending(self, stages: list[Stage]) -> list[Stage]:
+        """Those still to do."""
+        return [stage for stage in stages if self.artifact(stage.name) is None]
+
+    def publish(self, name: str, directory: Path, *, seconds: float, **about: Any) -> Artifact:
+        """Commits a stage's result; of two racing runners one wins and both go on with its result."""
+        path = self.path(name)
+        meta = {"stage": name, "code": code_version(), "seconds": seconds, **about}
+        try:
+            manifest = self.storage.publish(directory, path, meta)
+        except FileExistsError:
+            found = self.storage.manifest(path)
+            if found is None:
+                raise
+            manifest = found
+        self._found[name] = Artifact(self.storage.uri, path, manifest)
+        return self._found[name]
+
+    def forget(self, name: str) -> None:
+        """Removes a stage's result and checkpoints, so that it is done anew."""
+        if self.identity(name) is None or (name == "data" and self.experiment.data.shards):
+            return
+        for path in (self.path(name), self.checkpoints(name)):
+            self.storage.delete(path)
+        self._found.clear()
+
+    @contextmanager
+    def lease(self) -> Iterator[None]:
+        """Keeps a second runner away from this experiment; a lease whose holder is gone is taken over.
+
+        Raises:
+            ValueError: another process is running it.
+        """
+        path, stop = f"{self.home}/lease.json", threading.Event()
+        if not self.storage.put_new(path, _lease()):
+            holder = json.loads(self.storage.read(path))
+            if _is_alive(holder):
+                raise ValueError(
+                    f"experiment {self.experiment.name} must have one runner, but process {holder['pid']} on "
+                    f"{holder['host']} is at it; wait for it or stop it"
+                )
+            self.storage.put(path, _lease())
+
+        def refresh() -> None:
+            while not stop.wait(LEASE_S / 4):
+                self.storage.put(path, _lease())
+
+        thread = threading.Thread(target=refresh, daemon=True, name="lease")
+        thread.start()
+        try:
+            yield
+        finally:
+            stop.set()
+            thread.join()
+            self.storage.delete(path)
+
+
+@lru_cache
+def code_version() -> str:
+    """Hash of the sources that decide results: the method and the workers."""
+    root = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted([*root.glob("mixflow_core/**/*.py"), *root.glob("workers/**/*.py")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _lease() -> bytes:
+    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}).encode()
+
+
+def _is_alive(holder: Mapping[str, Any]) -> bool:
+    """A lease is refreshed while its holder lives; on this machine a dead holder is seen at once."""
+    if time.time() - holder["time"] > LEASE_S or holder["pid"] == os.getpid():
+        return False
+    if holder["host"] != socket.gethostname():
+        return True
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # there, and somebody else's
+        return True
+    return True
