@@ -98,6 +98,8 @@ def post_train(
         norm = nn.utils.clip_grad_norm_(parameters.values(), training.grad_clip or float("inf"), foreach=True)
         # The reduced loss and the norm of the reduced gradient are the same on all ranks, so all of them stop here.
         if not torch.isfinite(loss + norm).item():
+            if io.rank == 0:
+                io.wait()  # the error names the checkpoint that is still being written
             raise NonFiniteLossError(step, _ranks_not_finite(io, gradients.local_loss), io.last_checkpoint)
         optimizer.step()
         optimizer.zero_grad()

@@ -1,0 +1,87 @@
+"""What the processes of a gloo group run for test_train_groups.py: every scenario in one start."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from worker_toys import Draws, latents, local_io, pixels, run_config
+
+from workers.checkpoint import TrainState
+from workers.data import ImageSet, batch_rows
+from workers.train import NonFiniteLossError, post_train
+
+RESUME_STEP = 20
+BAD_STEP, BAD_SHARD = 13, 4
+
+
+def run_group(world_size: int, directory: Path) -> None:
+    """Runs all scenarios on `world_size` processes (this one, if 1), each leaving its files in `directory`."""
+    directory.mkdir(parents=True, exist_ok=True)
+    if world_size == 1:
+        run_rank(0, 1, directory)
+    else:
+        mp.spawn(run_rank, (world_size, directory), nprocs=world_size)
+
+
+def run_rank(rank: int, world_size: int, directory: Path) -> None:
+    """One process's part."""
+    torch.set_num_threads(1)
+    if world_size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{directory}/group", rank=rank, world_size=world_size)
+    with Draws() as draws:
+        train("plain", rank, world_size, directory)
+    (directory / f"draws-{rank}.pickle").write_bytes(pickle.dumps(draws.found))
+    resume("plain", rank, world_size, directory)
+    train("reproducible", rank, world_size, directory, reproducible=True)
+    resume("reproducible", rank, world_size, directory, reproducible=True)
+    for per_pass in (1, 2):
+        train(f"per-pass-{per_pass}", rank, world_size, directory, shards_per_pass=per_pass, steps=10)
+    stop_on_bad_image(rank, world_size, directory)
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def train(name: str, rank: int, world_size: int, directory: Path, **training: object) -> None:
+    """A run to its end; each rank keeps the state it returned."""
+    io = local_io(directory / name, rank=rank, world_size=world_size)
+    state = post_train(run_config(**training), pixels(), pixels(24, seed=1), io)
+    torch.save(state.__dict__, directory / f"{name}-{rank}.pt")
+
+
+def resume(name: str, rank: int, world_size: int, directory: Path, **training: object) -> None:
+    """The same command where only the checkpoints up to RESUME_STEP are there."""
+    source, target = directory / name, directory / f"{name}-resumed"
+    if rank == 0:
+        shutil.copytree(source, target)
+        for path in (target / "checkpoints").iterdir():
+            if int(path.name.split("-")[1]) > RESUME_STEP:
+                shutil.rmtree(path)
+    train(f"{name}-resumed", rank, world_size, directory, **training)
+
+
+def image_gone_bad() -> ImageSet:
+    """Latents whose one infinite image is first drawn at BAD_STEP by BAD_SHARD."""
+    data, run = latents(800), run_config()
+    per_step, per_shard = run.training.global_batch_size, 2
+    row = batch_rows(run.seed, BAD_STEP * per_step + BAD_SHARD * per_shard, 1, len(data.labels))[0]
+    data.images[row, 0, 3, 3] = float("inf")
+    return data
+
+
+def stop_on_bad_image(rank: int, world_size: int, directory: Path) -> None:
+    """Keeps the error, as it arrives through a pickle, of each rank."""
+    io = local_io(directory / "bad", rank=rank, world_size=world_size)
+    try:
+        post_train(run_config(), image_gone_bad(), latents(24, seed=1), io)
+    except NonFiniteLossError as error:
+        (directory / f"error-{rank}.pickle").write_bytes(pickle.dumps(error))
+
+
+def state(directory: Path, name: str, rank: int = 0) -> TrainState:
+    """A state that `train` kept."""
+    return TrainState(**torch.load(directory / f"{name}-{rank}.pt", weights_only=True))

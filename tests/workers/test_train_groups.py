@@ -1,0 +1,122 @@
+"""One, two and three gloo processes: the same samples, the same losses, and the same bits after a restart."""
+
+from __future__ import annotations
+
+import json
+import pickle
+
+import loop_group
+import pytest
+import torch
+from loop_group import BAD_SHARD, BAD_STEP, state
+from worker_toys import differences, latents, local_io, parts, run_config
+
+from workers.train import NonFiniteLossError, post_train
+
+WORLDS = (1, 2, 3)
+# A contiguous run of the 8 shards for each worker.
+SHARDS = {1: [range(8)], 2: [range(4), range(4, 8)], 3: [range(3), range(3, 6), range(6, 8)]}
+
+
+@pytest.fixture(scope="module")
+def groups(tmp_path_factory):
+    """Every scenario on every number of workers; the file store of the group needs no port."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GLOO_SOCKET_IFNAME", "lo")
+        threads, modes = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+        found = {}
+        for world in WORLDS:
+            found[world] = tmp_path_factory.mktemp(f"group{world}")
+            loop_group.run_group(world, found[world])
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(modes)
+    return found
+
+
+@pytest.fixture(scope="module")
+def draws(groups):
+    return {
+        world: [pickle.loads((groups[world] / f"draws-{rank}.pickle").read_bytes()) for rank in range(world)]
+        for world in WORLDS
+    }
+
+
+@pytest.mark.parametrize("mode", ["plain", "reproducible"])
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(groups, world, mode):
+    whole, resumed = state(groups[world], mode), state(groups[world], f"{mode}-resumed")
+    assert differences(whole, resumed) == []
+    assert whole.step == 50
+    assert [row["step"] for row in resumed.history if "train/loss" in row] == list(range(1, 51))
+    assert [row["step"] for row in resumed.history if "eval/loss" in row] == [10, 20, 30, 40, 50]
+    names = {path.name.split("-")[1] for path in (groups[world] / f"{mode}-resumed" / "checkpoints").iterdir()}
+    assert len(names) == 5, "the resumed run wrote the checkpoints after step 20 itself"
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_every_rank_ends_with_the_same_bits(groups, world):
+    for rank in range(1, world):
+        assert differences(state(groups[world], "plain"), state(groups[world], "plain", rank)) == []
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_each_worker_draws_its_shards_and_all_workers_together_the_same_samples(draws, world):
+    for rank, found in enumerate(draws[world]):
+        assert set(found) == {(step, shard) for step in range(50) for shard in SHARDS[world][rank]}
+    together = {key: value for found in draws[world] for key, value in found.items()}
+    assert together == draws[1][0]
+    assert len(set(together.values())) == 400, "no two shards of any two steps hold the same samples"
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_losses_agree_between_numbers_of_workers(groups, world):
+    one, many = (
+        [row["train/loss"] for row in state(groups[w], "plain").history if "train/loss" in row] for w in (1, world)
+    )
+    assert len(one) == 50
+    assert many == pytest.approx(one, rel=1e-5)
+    assert one[-1] < 0.8 * one[0], "the weights moved, or nothing would have been compared"
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_the_reproducible_mode_gives_the_same_bits_on_every_number_of_workers(groups, world):
+    assert differences(state(groups[1], "reproducible"), state(groups[world], "reproducible")) == []
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_reproducible_mode_trains_on_the_same_gradients(groups, world):
+    plain, ordered = (
+        [row["train/grad_norm"] for row in state(groups[world], mode).history[:20] if "train/grad_norm" in row]
+        for mode in ("plain", "reproducible")
+    )
+    assert ordered == pytest.approx(plain, rel=1e-4)
+
+
+@pytest.mark.parametrize("per_pass", [1, 2])
+@pytest.mark.parametrize("world", WORLDS)
+def test_gradient_accumulation_changes_nothing_but_rounding(groups, world, per_pass):
+    joined = [row for row in state(groups[world], "plain").history if row["step"] <= 10]
+    accumulated = state(groups[world], f"per-pass-{per_pass}")
+    assert accumulated.step == 10
+    for row, other in zip(accumulated.history, joined, strict=True):
+        assert row == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_loss_that_is_not_finite_stops_every_rank_before_the_update(groups, world):
+    errors = [pickle.loads((groups[world] / f"error-{rank}.pickle").read_bytes()) for rank in range(world)]
+    culprit = next(rank for rank in range(world) if BAD_SHARD in SHARDS[world][rank])
+    assert all(isinstance(error, NonFiniteLossError) for error in errors)
+    assert {str(error) for error in errors} == {str(errors[0])}
+    assert f"loss is not finite on ranks [{culprit}] at step {BAD_STEP} (last checkpoint: " in str(errors[0])
+    (checkpoint,) = (groups[world] / "bad" / "checkpoints").iterdir()
+    assert f"checkpoints/{checkpoint.name}" in str(errors[0])
+    assert json.loads((checkpoint / "manifest.json").read_text())["meta"]["step"] == 10
+
+
+def test_the_last_checkpoint_before_a_bad_image_is_that_of_a_healthy_run(groups, tmp_path):
+    healthy = post_train(run_config(steps=10), latents(800), latents(24, seed=1), local_io(tmp_path))
+    kept = local_io(groups[1] / "bad").restore()
+    assert kept is not None
+    assert differences(kept, healthy) == []
+    assert all(torch.isfinite(value).all() for value in parts(kept).values())
