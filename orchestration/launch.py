@@ -79,15 +79,20 @@ class Reporter:
         return {**self.tracker.status(), "run_id": self.tracker.run_id(self.home)}
 
 
-def start_reporter(workspace: Workspace, tracking_uri: str) -> Any:
+def start_reporter(workspace: Workspace, tracking_uri: str) -> tuple[Any, str]:
     """The Reporter actor, beside the driver; Ray restarts it if it dies, and its spool goes on."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_concurrency=4)(Reporter)
-    options = {"name": f"reporter-{uuid.uuid4().hex[:8]}", "namespace": NAMESPACE, "scheduling_strategy": here}
-    handle = actor.options(**options).remote(
+    actor: Any = ray.remote(Reporter)
+    options: dict[str, Any] = {
+        "name": f"reporter-{uuid.uuid4().hex[:8]}",
+        "namespace": NAMESPACE,
+        "scheduling_strategy": here,
+    }
+    # Several calls at once: draining must not keep the workers' metrics waiting.
+    handle = actor.options(num_cpus=0, max_restarts=-1, max_concurrency=4, **options).remote(
         workspace.storage.uri, tracking_uri, workspace.experiment.name, workspace.home
     )
     return handle, options["name"]
@@ -116,7 +121,7 @@ def launch(workspace: Workspace, stages: list[Stage], reporter_name: str) -> Non
     gpu = cluster.gpus_per_worker > 0
     for attempt in range(cluster.max_failures + 1):
         trainer = TorchTrainer(
-            worker_entry,
+            worker_entry,  # type: ignore[arg-type]  # its annotation forbids the return value that Result carries
             train_loop_config=config,
             torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
             scaling_config=ray.train.ScalingConfig(
@@ -132,7 +137,7 @@ def launch(workspace: Workspace, stages: list[Stage], reporter_name: str) -> Non
             ),
         )
         try:
-            result = trainer.fit()
+            result: Any = trainer.fit()
         except ray.exceptions.ActorDiedError as error:
             log.warning(
                 "Ray Train's controller died (%s); start %d of %d", error, attempt + 2, cluster.max_failures + 1

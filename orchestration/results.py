@@ -103,7 +103,8 @@ def protocol(workspace: Workspace) -> dict[str, Any]:
     samples, data, features = (
         workspace.artifact(name) for name in (f"samples/{next(iter(experiment.arms))}/0", "data", "features")
     )
-    assert samples and data and features, "a protocol is read after the metrics"
+    if not (samples and data and features):
+        raise RuntimeError("a protocol is read after the metrics, which are not there")
     evaluation = experiment.evaluation
     return {
         "samplers": [asdict(s) for s in evaluation.samplers],

@@ -46,8 +46,8 @@ def open_place() -> Place:
     uri = os.environ.get("MIXFLOW_WORKSPACE", "")
     if cluster.inside_job() and not (uri.startswith(("s3://", "/", "file:"))):
         raise ValueError(
-            f"MIXFLOW_WORKSPACE must be an s3:// URI or an absolute path on a shared disk inside a Ray job, got {uri!r}; "
-            "give it in the job's runtime environment"
+            "MIXFLOW_WORKSPACE must be an s3:// URI or an absolute path on a shared disk inside a Ray job, "
+            f"got {uri!r}; give it in the job's runtime environment"
         )
     storage = open_storage(uri or "./mixflow-workspace")
     tracking_uri = tracking.default_tracking_uri(storage)
@@ -217,7 +217,8 @@ class _ReporterClient:
         import ray
 
         try:
-            return ray.get(self.reporter.progress.remote(), timeout=5)
+            found: Mapping[str, Any] = ray.get(self.reporter.progress.remote(), timeout=5)
+            return found
         except (ray.exceptions.RayError, TimeoutError):
             return None
 
@@ -260,7 +261,7 @@ def _start_runs(workspace: Workspace, stages: list[Stage], reporter: _ReporterCl
     reporter("start_run", "", experiment.name, experiment.model_dump(mode="json"), tags)
     for stage in stages:
         if stage.kind in ("base", "arms"):
-            arm, seed = (stage.name.split("/")[1:] + ["", ""])[:2]
+            arm, seed = [*stage.name.split("/"), "", ""][1:3]
             about = {"mixflow.arm": arm or "base", "mixflow.replicate": seed or "0"}
             reporter("start_run", stage.name, stage.name.removeprefix("arms/"), stage.settings, about, "")
 

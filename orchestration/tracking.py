@@ -412,12 +412,13 @@ class _Sender:
     def __init__(self, workspace: Storage, tracking_uri: str, experiment: str):
         self.shown_uri = _without_password(tracking_uri)
         self.run_ids: dict[str, str] = {}
-        self.moved_at = 0.0  # monotonic seconds of the last answer
+        self.moved_at = 0.0  # monotonic seconds of the last progress
         self._workspace, self._uri, self._experiment = workspace, tracking_uri, experiment
         self._client: Any = None
         self._experiment_id = ""
         self._runs: dict[str, _Run] = {}
         self._failing_since: dict[str, float] = {}
+        self._achieved: set[str] = set()  # items of the batch that worked, perhaps in an earlier attempt
         self._rejected: list[Event] = []
 
     def connect(self) -> None:
@@ -428,7 +429,7 @@ class _Sender:
             client = _mlflow_client(self._uri)
             self._experiment_id = self._open_experiment(client)
             self._client = client
-        self.moved_at = time.monotonic()
+            self.moved_at = time.monotonic()
 
     def deliver(self, events: Iterable[Event]) -> list[Event]:
         """Sends the events in order; returns those that MLflow refuses, each with its "reason"."""
@@ -446,6 +447,7 @@ class _Sender:
                 handlers[event["kind"]](event)
             except _Rejected as reason:
                 self._rejected.append({**event, "reason": str(reason)})
+        self._achieved.clear()
         return self._rejected
 
     def one_line(self, error: Exception) -> str:
@@ -588,7 +590,9 @@ class _Sender:
                 raise _Rejected(self.one_line(error)) from error
             raise
         self._failing_since.pop(item, None)
-        self.moved_at = time.monotonic()
+        if item not in self._achieved:  # what works again and again, before what fails, is no progress
+            self._achieved.add(item)
+            self.moved_at = time.monotonic()
         return answer
 
     def _is_hopeless(self, item: str) -> bool:
@@ -598,6 +602,7 @@ class _Sender:
         except Exception as error:
             log.debug("an outage: %s", self.one_line(error))
             return False
+        self.moved_at = time.monotonic()  # so that `drain` waits until the item works or is hopeless
         return time.monotonic() - self._failing_since.setdefault(item, time.monotonic()) >= HOPELESS_S
 
     def _open_experiment(self, client: Any) -> str:
