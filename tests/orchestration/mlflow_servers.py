@@ -117,16 +117,16 @@ def mlflow_server(postgresql: str, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 class Proxy(ThreadingHTTPServer):
-    """Passes requests on to `target`; `hold` may keep one back, whose sender then gets no answer at all."""
+    """Passes requests on to `target`, but holds some back until `release`; their senders get no answer at all."""
 
     daemon_threads = True
 
     def __init__(self, target: str, hold: Callable[[str], bool]):
         super().__init__(("127.0.0.1", 0), _Forward)
         self.target, self.hold = target, hold
-        self.held = threading.Event()  # a request is being held
-        self.release = threading.Event()  # let it go on to the target
-        self.passed = threading.Event()  # the target has answered it
+        self.release = threading.Event()  # let the held requests go on to the target
+        self.held: list[str] = []  # the paths of the requests held back, and
+        self.passed: list[str] = []  # of those among them that the target has answered
         self.uri = f"http://127.0.0.1:{self.server_address[1]}"
 
 
@@ -140,7 +140,7 @@ class _Forward(BaseHTTPRequestHandler):
         hold = self.server.hold(self.path)
         if hold:
             self.connection.shutdown(socket.SHUT_RDWR)
-            self.server.held.set()
+            self.server.held.append(self.path)
             self.server.release.wait()
         try:
             with urllib.request.urlopen(request, timeout=60) as answer:
@@ -148,7 +148,7 @@ class _Forward(BaseHTTPRequestHandler):
         except urllib.error.HTTPError as error:
             status, content = error.code, error.read()
         if hold:
-            self.server.passed.set()
+            self.server.passed.append(self.path)
             self.close_connection = True
             return
         self.send_response(status)

@@ -187,6 +187,7 @@ def test_a_continued_run_is_the_same_run_and_keeps_its_params(sqlite, track, cap
     assert after.info.run_id == before.info.run_id
     assert after.data.params == {"gamma": "0.4", "seed": "1", "workers": "2"}
     assert after.data.tags["mixflow.param_conflicts"] == "gamma"
+    assert resumed.status()["rejected"] == 0
     assert "gamma" in caplog.text
     resumed.end_run("a", "FINISHED")
     deliver(resumed)
@@ -265,7 +266,8 @@ def test_a_run_deleted_by_hand_does_not_stop_the_others(workspace, sqlite, track
 def test_a_broken_artifact_store_does_not_hold_up_metrics_for_ever(workspace, sqlite, track, tmp_path, monkeypatch):
     from mlflow import MlflowClient
 
-    monkeypatch.setattr(tracking, "HOPELESS_S", 1.0)
+    monkeypatch.setattr(tracking, "HOPELESS_S", 4.0)
+    monkeypatch.setattr(tracking, "STALLED_S", 3.0)
     (tmp_path / "file").write_text("where artifacts should have a directory")
     MlflowClient(sqlite).create_experiment("experiment", artifact_location=str(tmp_path / "file" / "artifacts"))
     workspace.put("grid.txt", b"a grid")
@@ -492,15 +494,7 @@ def mlflow_experiment(uri: str, name: str) -> list[Any]:
 @pytest.mark.parametrize("arrives", ["at once", "late"])
 def test_a_lost_answer_to_the_creation_of_a_run_makes_no_second_run(mlflow_server: MlflowServer, track, serve, arrives):
     mlflow_server.start()
-    held: list[str] = []
-
-    def hold_first_creation(path: str) -> bool:
-        if path.endswith("runs/create") and not held:
-            held.append(path)
-            return True
-        return False
-
-    proxy = Proxy(mlflow_server.uri, hold_first_creation)
+    proxy = Proxy(mlflow_server.uri, lambda path: path.endswith("runs/create") and not proxy.held)
     serve(proxy)
     if arrives == "at once":
         proxy.release.set()
@@ -510,12 +504,37 @@ def test_a_lost_answer_to_the_creation_of_a_run_makes_no_second_run(mlflow_serve
     tracker.log("a", curve("loss", range(10)))
     wait_until(lambda: tracker.drain(60) == 0, "everything is delivered")
     proxy.release.set()
-    assert proxy.passed.wait(60)
+    wait_until(lambda: proxy.passed, "the held request arrives")
     tracker.end_run("a", "FINISHED")
     wait_until(lambda: tracker.drain(60) == 0, "everything is delivered")
     read = Reader(mlflow_server.uri, experiment)
     assert read.history("a", "loss") == curve("loss", range(10))
     assert read.run("a").info.status == "FINISHED"
+
+
+@pytest.mark.mlflow
+def test_requests_that_arrive_late_store_nothing_twice(mlflow_server: MlflowServer, workspace, track, serve):
+    mlflow_server.start()
+    batches: list[str] = []
+
+    def hold_all_from_the_metrics_on(path: str) -> bool:
+        batches.extend([path] * path.endswith("runs/log-batch"))  # the first one carries the tags of the run
+        return len(batches) > 1 and path != "/health"
+
+    proxy = Proxy(mlflow_server.uri, hold_all_from_the_metrics_on)
+    serve(proxy)
+    experiment = f"delayed-{uuid.uuid4().hex}"
+    tracker = track(proxy.uri, experiment)
+    tracker.start_run("a", "a")
+    tracker.log("a", curve("loss", range(100)))
+    assert tracker.drain(600) == 101
+    tracker.close()
+    done = replay(workspace, mlflow_server.uri, SPOOL)
+    assert (done.sent, done.pending, done.rejected) == (101, 0, 0)
+    proxy.release.set()
+    wait_until(lambda: len(proxy.passed) == len(proxy.held) > 0, "the held requests arrive")
+    read = Reader(mlflow_server.uri, experiment)
+    assert read.history("a", "loss") == curve("loss", range(100))
 
 
 @pytest.mark.parametrize("refusal", [401, 403])
@@ -548,6 +567,19 @@ def test_credentials_refused_amid_a_run_keep_its_events(serve, track, caplog):
     assert tracker.drain(600) == 1
     assert "401" in tracker.status()["last_error"]
     assert "401" in caplog.text
+
+
+def test_no_error_of_the_client_shows_the_password(serve, track, caplog):
+    keeper = Doorkeeper(401, "nobody has this")
+    proxy = Proxy(keeper.uri, hold=lambda path: path != "/health")
+    for server in (keeper, proxy):
+        serve(server)
+    tracker = track(proxy.uri.replace("//", "//user:secret@"))
+    tracker.start_run("a", "a")
+    assert tracker.drain(600) == 1
+    assert "API request to http://user:***@" in tracker.status()["last_error"]
+    assert "secret" not in caplog.text
+    proxy.release.set()
 
 
 def test_a_server_that_does_not_answer_is_a_warning(serve):
