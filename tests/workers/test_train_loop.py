@@ -1,0 +1,183 @@
+"""The loop against a hand-written one, and where it stops."""
+
+from __future__ import annotations
+
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from worker_toys import differences, latents, local_io, parts, pixels, run_config
+
+from workers.data import batch_rows, shard_batch
+from workers.models.sit import SiT
+from workers.train import NonFiniteLossError, post_train
+
+
+def random_weights(run, seed=5):
+    """Weights with no zeros in them: at the published start most gradients are exactly zero."""
+    numbers = torch.Generator().manual_seed(seed)
+    weights = SiT(run.model).state_dict()
+    return {
+        name: value if name == "pos_embed" else 0.2 * torch.randn(value.shape, generator=numbers)
+        for name, value in weights.items()
+    }
+
+
+def test_the_loop_is_adamw_on_algorithm_1_and_a_warmed_up_average(tmp_path):
+    run = run_config(
+        steps=4, checkpoint_every=4, weight_decay=0.1, adam_beta2=0.95, grad_clip=0.5, learning_rate=1e-3, ema_decay=0.4
+    )
+    start, data = random_weights(run), pixels()
+    rows = []
+    io = local_io(tmp_path, report=lambda step, metrics: rows.append((step, dict(metrics))))
+    state = post_train(run, data, pixels(24, seed=1), io, initial=start)
+
+    # By hand, in float64: pairs, mean squared error, clipping, decoupled weight decay, Adam's moments, average.
+    model = SiT(run.model).double()
+    model.load_state_dict(start)
+    names = [name for name, p in model.named_parameters() if p.requires_grad]
+    weights = [model.get_parameter(name) for name in names]
+    averages = [w.detach().clone() for w in weights]
+    first, second = ([torch.zeros_like(w) for w in weights] for _ in range(2))
+    losses, norms = [], []
+    for step in range(1, 5):
+        shards = [shard_batch(run, data, step - 1, shard) for shard in range(8)]
+        x1, y, x0, u = (torch.cat([getattr(s, key) for s in shards]) for key in ("x1", "y", "x0", "u"))
+        x1, x0, u = x1.double(), x0.double(), u.double()
+        t = u[:, 0] ** 0.5
+        m = t - 0.8 * t * u[:, 1]
+        where = m[:, None, None, None]
+        loss = ((model(where * x1 + (1 - where) * x0, t, y) - (x1 - x0)) ** 2).mean()
+        gradients = torch.autograd.grad(loss, weights)
+        norm = torch.cat([g.flatten() for g in gradients]).norm()
+        losses.append(loss.item())
+        norms.append(norm.item())
+        decay = min(0.4, (1 + step) / (10 + step))
+        for w, g, a, b, average in zip(weights, gradients, first, second, averages, strict=True):
+            g = g * min(1.0, 0.5 / norm.item())
+            a.mul_(0.9).add_(0.1 * g)
+            b.mul_(0.95).add_(0.05 * g * g)
+            with torch.no_grad():
+                w.mul_(1 - 1e-3 * 0.1)
+                w.sub_(1e-3 * (a / (1 - 0.9**step)) / ((b / (1 - 0.95**step)).sqrt() + 1e-8))
+                average.mul_(decay).add_((1 - decay) * w)
+
+    assert min(norms) > 0.5, "the clipping has work to do"
+    assert [row["train/loss"] for row in state.history[:4]] == pytest.approx(losses, rel=1e-4)
+    assert [row["train/grad_norm"] for row in state.history[:4]] == pytest.approx(norms, rel=1e-4)
+    for name, w, average, a, b in zip(names, weights, averages, first, second, strict=True):
+        if name.endswith("qkv.bias"):
+            continue  # softmax ignores the keys' bias: its gradient is rounding alone, which Adam makes large
+        close = {"rtol": 1e-3, "atol": 2e-6}  # four steps move weights by 4e-3
+        torch.testing.assert_close(state.model[name].double(), w.detach(), **close, msg=name)
+        torch.testing.assert_close(state.ema[name].double(), average, **close, msg=name)
+        torch.testing.assert_close(state.optimizer[f"exp_avg/{name}"].double(), a, rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(state.optimizer[f"exp_avg_sq/{name}"].double(), b, rtol=2e-3, atol=1e-8)
+        assert not torch.equal(state.model[name], start[name])
+    assert torch.equal(state.ema["pos_embed"], start["pos_embed"])
+    assert [step for step, _ in rows] == [1, 2, 3, 4, 4]
+    assert all(metrics["time/images_per_s"] > 0 for _, metrics in rows[:4])
+
+
+def test_the_held_out_loss_is_that_of_the_average_on_unseen_images(tmp_path):
+    """Zero weights predict zero, so the loss is the mean square of x1 - x0, about that of the data plus one."""
+    run = run_config(steps=1, checkpoint_every=1, learning_rate=1e-9)
+    zero = {name: torch.zeros_like(value) for name, value in SiT(run.model).state_dict().items()}
+    held_out = pixels(600, seed=1)
+    state = post_train(run, pixels(), held_out, local_io(tmp_path), initial=zero)
+    expected = float((np.float64(held_out.images[:512]) / 127.5 - 1).__pow__(2).mean()) + 1
+    assert state.history[-1]["eval/loss"] == pytest.approx(expected, rel=0.02)
+
+
+def test_metrics_are_means_over_their_window(tmp_path):
+    held_out = pixels(24, seed=1)
+    each = post_train(run_config(steps=12, checkpoint_every=6), pixels(), held_out, local_io(tmp_path / "each"))
+    run = run_config(steps=12, checkpoint_every=6, log_every=3)
+    third = post_train(run, pixels(), held_out, local_io(tmp_path / "third"))
+    losses = [row["train/loss"] for row in each.history if "train/loss" in row]
+    rows = [row for row in third.history if "train/loss" in row]
+    assert [row["step"] for row in rows] == [3, 6, 9, 12]
+    assert [row["train/loss"] for row in rows] == pytest.approx([np.mean(losses[i : i + 3]) for i in (0, 3, 6, 9)])
+
+
+def test_a_run_stopped_between_checkpoints_goes_on_exactly(tmp_path):
+    class Stopped(Exception):
+        pass
+
+    def stop_at_27(step, metrics):
+        if step == 27:
+            raise Stopped
+
+    run, held_out = run_config(log_every=3, checkpoint_every=6), pixels(24, seed=1)
+    whole = post_train(run, pixels(), held_out, local_io(tmp_path / "whole"))
+    io = local_io(tmp_path / "stopped", report=stop_at_27)
+    with pytest.raises(Stopped):
+        post_train(run, pixels(), held_out, io)
+    io.wait()
+    assert io.restore().step == 24
+    assert differences(post_train(run, pixels(), held_out, local_io(tmp_path / "stopped")), whole) == []
+
+
+def test_a_finished_run_started_again_returns_what_it_was(tmp_path):
+    run, held_out = run_config(steps=10), pixels(24, seed=1)
+    first = post_train(run, pixels(), held_out, local_io(tmp_path))
+    before = sorted(tmp_path.rglob("*"))
+    assert differences(post_train(run, pixels(), held_out, local_io(tmp_path)), first) == []
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_another_seed_gives_another_run(tmp_path):
+    a, b = (
+        post_train(run_config(steps=10, seed=seed), pixels(), pixels(24, seed=1), local_io(tmp_path / str(seed)))
+        for seed in (7, 8)
+    )
+    assert set(differences(a, b)) >= {"history", "model/final_layer.linear.weight"}
+
+
+def test_nan_weights_stop_the_run_at_once(tmp_path):
+    run = run_config()
+    start = random_weights(run)
+    start["final_layer.linear.bias"][0] = float("nan")
+    with pytest.raises(NonFiniteLossError) as caught:
+        post_train(run, pixels(), pixels(24, seed=1), local_io(tmp_path), initial=start)
+    assert str(caught.value) == (
+        "loss is not finite on ranks [0] at step 0 (last checkpoint: none); stopped before the update"
+    )
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_a_finite_loss_with_an_infinite_gradient_stops_the_run(tmp_path, reproducible):
+    run = run_config(reproducible=reproducible)
+    start = random_weights(run)
+    start["final_layer.linear.weight"] *= 1e18  # outputs of 1e18 have a finite square, the gradient behind them none
+    with pytest.raises(NonFiniteLossError) as caught:
+        post_train(run, pixels(), pixels(24, seed=1), local_io(tmp_path), initial=start)
+    assert str(caught.value) == "gradient is not finite at step 0 (last checkpoint: none); stopped before the update"
+    assert caught.value.ranks == []
+
+
+@pytest.mark.parametrize("bad", [float("inf"), 1e30])
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_a_bad_image_stops_the_run_before_the_update_it_would_spoil(tmp_path, monkeypatch, reproducible, bad):
+    run, data = run_config(reproducible=reproducible), latents(800)
+    data.images[batch_rows(run.seed, 13 * 16 + 5, 1, 800)[0], 0, 0, 0] = bad  # first drawn at step 13
+    updates, update = [], torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self: updates.append(1) or update(self))
+    with pytest.raises(NonFiniteLossError) as caught:
+        post_train(run, data, latents(24, seed=1), local_io(tmp_path))
+    assert "on ranks [0] at step 13 (last checkpoint: checkpoints/step-000000010-" in str(caught.value)
+    assert len(updates) == 13
+    kept = local_io(tmp_path).restore()
+    assert kept.step == 10
+    assert all(torch.isfinite(value).all() for value in parts(kept).values())
+
+
+def test_the_error_survives_pickling():
+    error = NonFiniteLossError(3, [0, 2], "checkpoints/step-000000002-ab")
+    copy = pickle.loads(pickle.dumps(error))
+    assert (copy.step, copy.ranks, copy.last_checkpoint) == (3, [0, 2], "checkpoints/step-000000002-ab")
+    assert str(copy) == str(error) == (
+        "loss is not finite on ranks [0, 2] at step 3 (last checkpoint: checkpoints/step-000000002-ab); "
+        "stopped before the update"
+    )
