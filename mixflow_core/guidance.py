@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -19,7 +20,7 @@ def classifier_free(
     guidance_scale: float,
     null_label: int,
     num_channels: int | None = None,
-    interval: tuple[float, float] = (0.0, 1.0),
+    interval: tuple[float, float] = (-math.inf, math.inf),
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """The field v_u + s (v_c - v_u), s = guidance_scale; one call evaluates the model on 2B rows, or B when s = 1.
 
@@ -30,7 +31,8 @@ def classifier_free(
         null_label: the label that stands for no class.
         num_channels: guide only the first channels and leave the rest conditional (SiT's published samples guide 3 of
             4); None guides all.
-        interval: guide at lowest <= t <= highest (closed, t = 0 is noise) and nowhere else.
+        interval: guide at lowest <= t <= highest (closed, t = 0 is noise) and nowhere else. An adaptive solver looks
+            beyond t = 1, where guidance that ended at 1 would break the field: an open end is inf.
     """
     if guidance_scale == 1:
         return lambda x, t: model(x, t, y)

@@ -9,7 +9,7 @@ from toys import PATHS, normals, path_coefficients, uniforms
 
 from mixflow_core.interpolant import Interpolant, broadcast
 
-# Inside (0, 1): every conversion is defined there. VP's alpha is 0.007 at t = 0, so its early times are badly conditioned.
+# Inside (0, 1): every conversion is defined there.
 T = 0.05 + 0.9 * uniforms(1, 64)
 X0, X1 = normals(2, 64, 3, 4, 4), 2 * normals(3, 64, 3, 4, 4) + 0.5
 

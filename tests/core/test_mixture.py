@@ -52,10 +52,8 @@ def oracle(u, x0, x1, weight, bias, *, path, time_law, slowing_law, gamma, shift
         u[:, 0]
     )
     s = shift * (1 - t) / (1 + (shift - 1) * (1 - t))
-    if slowing_law == "interval":
-        s_m = s + u[:, 1] * gamma * (1 - s)  # the paper's slowing, written in reversed time
-    else:
-        s_m = 1 - u[:, 1]
+    # The paper's slowing, written in reversed time.
+    s_m = s + u[:, 1] * gamma * (1 - s) if slowing_law == "interval" else 1 - u[:, 1]
     t, m = 1 - s, 1 - s_m
     told = m if condition_on == "m" else t
     target_at = m if target_time == "m" else told

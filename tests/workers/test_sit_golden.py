@@ -52,7 +52,7 @@ def load(name: str) -> Case:
     return Case(name, case["params"], given, expected, network(case["model"]))
 
 
-def close(actual: Tensor, expected: Tensor, rtol: float = 2e-5) -> None:
+def close(actual: Tensor, expected: Tensor, rtol: float = 2e-6) -> None:
     torch.testing.assert_close(actual.detach(), expected, rtol=rtol, atol=rtol * float(expected.abs().max()))
 
 
@@ -196,16 +196,17 @@ def check_train_steps(case: Case) -> None:
 
     assert losses == pytest.approx(params["losses"], rel=2e-6)
     close(model.final_layer.linear.weight, case.expected["final_linear_weight"], 1e-6)
-    # Adam divides gradients by their own size, so those that are nothing but rounding (a key's bias has none) still step.
+    # Adam divides gradients by their own size: those that are only rounding (a key's bias has none) move weights too.
     moved = {name: p.detach() for name, p in parameters.items()}
     assert distances(moved) == pytest.approx(params["param_delta_norms"], rel=2e-3)
     assert {n: float(p.norm()) for n, p in moved.items()} == pytest.approx(params["param_norms"], rel=1e-5)
-    # The average moved by 1e-7 of an entry, a few float32 roundings: its distances are known to some per cent only, and
-    # that of the frozen table (nothing but roundings of d p + (1 - d) p) not at all.
-    close(average.shadow["blocks.0.attn.qkv.weight"], case.expected["ema_qkv0"], 1e-6)
-    truth = {name: value for name, value in params["ema_delta_norms"].items() if name != "pos_embed"}
-    found = {name: value for name, value in distances(average.shadow).items() if name != "pos_embed"}
+    # The average moves by some float32 roundings an entry, so its distances are known to some per cent only. Where the
+    # parameters stand still (the frozen table, labels not drawn), SiT's d p + (1 - d) p leaves roundings and ours none.
+    still = {"pos_embed", "y_embedder.embedding_table.weight"}
+    truth = {name: value for name, value in params["ema_delta_norms"].items() if name not in still}
+    found = {name: value for name, value in distances(average.shadow).items() if name not in still}
     assert found == pytest.approx(truth, rel=0.35)
+    close(average.shadow["blocks.0.attn.qkv.weight"], case.expected["ema_qkv0"], 1e-6)
     assert torch.equal(average.shadow["pos_embed"], start["pos_embed"])
 
 
@@ -250,7 +251,7 @@ def check_ode(case: Case) -> None:
     # The error estimate of the adaptive solver's first steps is nothing but rounding, and its step sizes follow it.
     rtol = 2e-2 if params["method"] == "dopri5" else 1e-6
     assert recorder.times == pytest.approx(params["eval_times"], rel=rtol, abs=1e-7)
-    close(torch.stack(states)[-len(case.expected["traj"]) :], case.expected["traj"])
+    close(torch.stack(states)[-len(case.expected["traj"]) :], case.expected["traj"], 2e-5)
     assert len(states) == params["num_steps"]
 
 
