@@ -49,6 +49,26 @@ def connect(environment: dict[str, str]) -> None:
         ray.init(address="local", include_dashboard=False, object_store_memory=256 * 2**20, **options)
 
 
+def check_local_machine(cluster: Cluster) -> None:
+    """Refuses what a cluster started here could not hold; a running cluster (RAY_ADDRESS) is asked when it is joined.
+
+    Raises:
+        ValueError: too few CPUs or GPUs.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    import torch
+
+    there = {"CPU": len(os.sched_getaffinity(0)), "GPU": torch.cuda.device_count()}
+    wanted = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    for kind, each in wanted.items():
+        if each * cluster.num_workers > there[kind]:
+            raise ValueError(
+                f"cluster.num_workers must fit this machine: {cluster.num_workers} workers ask for "
+                f"{each * cluster.num_workers:g} {kind}s, {there[kind]} are here; lower it, or set RAY_ADDRESS"
+            )
+
+
 def check_resources(cluster: Cluster) -> None:
     """Refuses an experiment whose workers do not fit: Ray would wait for them for ever.
 

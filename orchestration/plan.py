@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from orchestration import tracking
+from orchestration import cluster, tracking
 from orchestration.experiment import Experiment
 from orchestration.run import Place, check_inputs, open_place
 from orchestration.workflow import Workspace
@@ -27,7 +27,7 @@ def make_plan(experiment: Experiment, place: Place) -> dict[str, Any]:
     """
     workspace = Workspace(experiment, place.storage)
     check_inputs(workspace)
-    check_local_machine(experiment)
+    cluster.check_local_machine(experiment.cluster)
     states = {name: workspace.state(name) for name in workspace.stages}
     size = model_size(experiment)
     to_do = {name for name, state in states.items() if state == "to do"}
@@ -77,29 +77,6 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         f"storage     {plan['storage_gib']:.3f} GiB to be written",
     ]
     return "\n".join(lines)
-
-
-def check_local_machine(experiment: Experiment) -> None:
-    """Refuses what a cluster started here could not hold; a running cluster (RAY_ADDRESS) is asked when it is joined.
-
-    Raises:
-        ValueError: too few CPUs or GPUs.
-    """
-    import os
-
-    if os.environ.get("RAY_ADDRESS"):
-        return
-    import torch
-
-    cluster = experiment.cluster
-    there = {"CPU": len(os.sched_getaffinity(0)), "GPU": torch.cuda.device_count()}
-    wanted = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    for kind, each in wanted.items():
-        if each * cluster.num_workers > there[kind]:
-            raise ValueError(
-                f"cluster.num_workers must fit this machine: {cluster.num_workers} workers ask for "
-                f"{each * cluster.num_workers:g} {kind}s, {there[kind]} are here; lower it, or set RAY_ADDRESS"
-            )
 
 
 def model_size(experiment: Experiment) -> dict[str, int]:
@@ -200,8 +177,6 @@ def _ray(environment: Mapping[str, str]) -> str:
     address = environment.get("RAY_ADDRESS")
     if not address:
         return f"{metadata.version('ray')}; RAY_ADDRESS is not set, a run starts its own cluster on this machine"
-    from orchestration import cluster
-
     cluster.connect({})
     import ray
 

@@ -135,6 +135,8 @@ def run_experiment(
     stages = needed_for(list(workspace.stages.values()), targets)
     _forget(workspace, force)
     check_inputs(workspace)
+    if not all(stage.on_driver for stage in workspace.pending(stages)):
+        cluster.check_local_machine(experiment.cluster)
     with workspace.lease(), ExitStack() as cleanup:
         place.storage.put(record, experiment.model_dump_json(indent=1).encode())
         states = {stage.name: workspace.state(stage.name) for stage in stages}
@@ -160,11 +162,15 @@ def run_experiment(
 
 
 def _forget(workspace: Workspace, force: tuple[str, ...]) -> None:
+    found: set[str] = set()
     for name in force:
-        found = [stage for stage in workspace.stages if stage == name or stage.startswith(f"{name}/")]
-        if not found:
+        named = [stage for stage in workspace.stages if stage == name or stage.startswith(f"{name}/")]
+        if not named:
             raise ValueError(f"--force must name a stage, got {name!r}; stages are {', '.join(workspace.stages)}")
-        for stage in found:
+        found.update(named)
+    # The last first: a stage whose input is gone has no identity by which its result could be found.
+    for stage in reversed(workspace.stages):
+        if stage in found:
             workspace.forget(stage)
 
 
