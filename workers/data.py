@@ -124,9 +124,11 @@ def _read_shard(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
         about = json.loads(table.schema.metadata[b"mixflow"])
         version = about["schema_version"]
         flat = table["image"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        images = flat.reshape(table.num_rows, *about["shape"]).astype(about["dtype"], copy=False)
-        labels = table["label"].to_numpy()
-        num_classes = about["num_classes"]
+        values = flat.reshape(table.num_rows, *about["shape"])  # a missing value reads as NaN
+        if not pa.types.is_integer(table["label"].type):
+            raise TypeError(f"label must be a column of integers, got {table['label'].type}")
+        labels = table["label"].fill_null(-1).to_numpy()  # a missing label is none of the classes
+        dtype, num_classes = np.dtype(about["dtype"]), about["num_classes"]
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"data shard {path} must be a Parquet file of this project's schema; {error}") from error
     if version != SCHEMA_VERSION:
@@ -136,12 +138,12 @@ def _read_shard(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
         raise ValueError(
             f"data shard {path}: label must lie in [0, {num_classes - 1}], got {labels[bad[0]]} in row {bad[0]}"
         )
-    finite = np.isfinite(images).reshape(len(images), -1).all(1)
+    finite = np.isfinite(values).reshape(len(values), -1).all(1)
     if not finite.all():
         raise ValueError(
             f"data shard {path}: image values must be finite, got NaN or infinity in row {finite.argmin()}"
         )
-    return images, labels, num_classes
+    return values.astype(dtype, copy=False), labels, num_classes
 
 
 def open_shards(directory: Path, manifest: Manifest, cache: Path) -> dict[Split, ImageSet]:

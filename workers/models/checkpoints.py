@@ -27,15 +27,15 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
-        except SafetensorError as error:
+        except (SafetensorError, OSError) as error:
             raise ValueError(f"checkpoint {path.name} must be a readable safetensors file; {error}") from error
     if path.suffix not in (".pt", ".pth"):
         raise ValueError(f"checkpoint must end in .safetensors, .pt or .pth, got {path.name!r}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        reason = str(error).splitlines()[0]
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"checkpoint {path.name} must hold tensors only, in torch's own format; {reason}") from error
     weights = content.get("ema", content) if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
