@@ -8,7 +8,8 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from typing import Any, NoReturn
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
@@ -31,7 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")
     where = getattr(arguments, "experiment", None) or arguments.verb
     try:
-        answer = arguments.act(arguments)
+        with _stdout_kept_for_json() if arguments.json else nullcontext():
+            answer = arguments.act(arguments)
     except Exception as error:
         if arguments.debug:
             raise
@@ -42,6 +44,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps(answer, indent=1))
     return int(answer.get("exit_code", DONE))
+
+
+@contextmanager
+def _stdout_kept_for_json() -> Iterator[None]:
+    """Sends to stderr what others print meanwhile: Ray's driver writes its warnings to stdout, C code to descriptor 1."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def _fail(where: str, error: Exception) -> int:

@@ -24,6 +24,7 @@ from workers.evaluate import METRICS
 from workers.manifest import canonical_hash
 from workers.models.sit import SiTConfig
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 STANDARD = SlowedMixture(time_law="uniform", slowing_law="interval", gamma=0.0, target_time="m")
 
 
@@ -148,7 +149,7 @@ class Experiment(Frozen):
         replicates: training seeds an arm; replicate k shares data order, noise and sampling seed across the arms.
     """
 
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(pattern=NAME)
     seed: int = Field(default=0, ge=0)
     data: Data
     model: SiTConfig
@@ -185,6 +186,12 @@ class Experiment(Frozen):
         return self
 
     def _check_arms(self) -> None:
+        for name in self.arms:
+            if not re.fullmatch(NAME, name):
+                raise ValueError(
+                    f"arms must have names of letters, digits, '_', '.' and '-', got {name!r}; rename it, "
+                    "because it becomes part of paths"
+                )
         mixtures = {name: self.mixture_of(name) for name, arm in self.arms.items() if arm.train}
         if STANDARD not in mixtures.values():
             raise ValueError(
@@ -205,10 +212,10 @@ class Experiment(Frozen):
             mixture = TypeAdapter(SlowedMixture).validate_json(json.dumps(merged))
         except ValidationError as error:
             raise ValueError(f"arms.{arm}.mixture: {_one_line(error, SlowedMixture)}") from error
-        if not mixture.is_standard or mixture.condition_on == "m":
-            return mixture
-        # With m = t the matched control, the target's time and the told time say nothing: one form for one law.
-        return replace(mixture, condition_on="t", target_time="m")
+        if mixture.slowing_law == "interval" and mixture.gamma == 0:
+            # With m = t the target's time and the told time say nothing: one form for one law.
+            return replace(mixture, condition_on="t", target_time="m")
+        return mixture
 
     def controls_of(self, arm: str) -> list[str]:
         """The arms that `arm` is judged against: standard training, and the matched marginal of what is slowed."""
@@ -267,7 +274,15 @@ def derived_seed(seed: int, use: str, number: int) -> int:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as everybody expects."""
+    """YAML in which 1e-4 is a number, as everybody expects, and in which a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See yaml.SafeLoader."""
+        keys = [key.value for key, _ in node.value]
+        twice = next((key for key in keys if isinstance(key, str) and keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 _Loader.add_implicit_resolver(
@@ -303,8 +318,11 @@ def _read(name: str) -> dict[str, Any]:
     path = Path(name)
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
-            raise ValueError(f"experiment file must exist, got {name!r}")
-        text = path.read_text()
+            raise ValueError(f"experiment file must exist, got {name!r}; correct the path")
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"experiment file must be readable text, got {name!r}; {error}") from error
     elif name in recipes():
         text = resources.files("orchestration.recipes").joinpath(f"{name}.yaml").read_text()
     else:
@@ -314,9 +332,9 @@ def _read(name: str) -> dict[str, Any]:
     try:
         raw = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
-        raise ValueError(f"{name} must be readable YAML; {' '.join(str(error).split())}") from error
+        raise ValueError(f"experiment file must be YAML, got {name!r}; {' '.join(str(error).split())}") from error
     if not isinstance(raw, dict):
-        raise ValueError(f"{name} must be a map of settings, got {type(raw).__name__}")
+        raise ValueError(f"experiment file must be a map of settings, got {type(raw).__name__} in {name!r}; correct it")
     return raw
 
 
@@ -360,7 +378,7 @@ def _one_line(error: ValidationError, root: type = Experiment) -> str:
     problem = error.errors(include_url=False)[0]
     where = ".".join(str(part) for part in problem["loc"])
     value = problem["input"]
-    shown = repr(value) if isinstance(value, str | int | float | bool | type(None)) else type(value).__name__
+    shown = f"a {type(value).__name__} of {len(value)}" if isinstance(value, list | dict) else repr(value)
     if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
         return f"unknown key {where!r}{_nearest(str(problem['loc'][-1]), _known_keys(root, problem['loc'][:-1]))}"
     if problem["type"] in ("missing", "missing_argument"):
@@ -369,9 +387,34 @@ def _one_line(error: ValidationError, root: type = Experiment) -> str:
         section = ".".join(str(part) for part in problem["loc"])
         text = problem["msg"].removeprefix("Value error, ")
         return f"{section}.{text}" if section and not text.startswith(section) else text
-    rule = problem["msg"].replace("Input should be", "must be").replace("Input should", "must")
-    rule = rule if rule.startswith("must") else f"must be right ({rule})"
-    return f"{where} {rule[0].lower()}{rule[1:]}, got {shown}"
+    rule = _rule(problem["type"], problem["msg"], problem.get("ctx", {}))
+    return f"{where} must {rule}, got {shown}; correct it"
+
+
+def _rule(kind: str, message: str, limits: Mapping[str, Any]) -> str:
+    """What pydantic asks for, to be read after "must"."""
+    known = {
+        "int_type": "be an integer",
+        "int_parsing": "be an integer",
+        "float_type": "be a number",
+        "string_type": "be text",
+        "bool_type": "be true or false",
+        "finite_number": "be finite",
+        "model_type": "be a map of settings",
+        "dataclass_type": "be a map of settings",
+        "mapping_type": "be a map of settings",
+        "dict_type": "be a map of settings",
+        "tuple_type": "be a list",
+        "greater_than_equal": "be at least {ge}",
+        "less_than_equal": "be at most {le}",
+        "greater_than": "be greater than {gt}",
+        "less_than": "be less than {lt}",
+        "too_short": "be a list of at least {min_length}",
+        "string_pattern_mismatch": "match {pattern}",
+    }
+    if kind in known:
+        return known[kind].format(**limits)
+    return message.removeprefix("Input should ").removeprefix("Value should ")
 
 
 def _known_keys(section: Any, location: tuple[Any, ...]) -> list[str]:

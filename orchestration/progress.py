@@ -25,10 +25,15 @@ class Progress:
     def __init__(self, stages: list[str], done: int) -> None:
         self.stages, self.start, self.last_line = stages, time.monotonic(), 0.0
         self.shown = ""
-        self.bar = tqdm(total=len(stages), initial=done, unit="stage", dynamic_ncols=True, file=sys.stderr)
         self.is_terminal = sys.stderr.isatty()
-        if not self.is_terminal:
-            self.bar.disable = True
+        self.bar = tqdm(
+            total=len(stages),
+            initial=done,
+            unit="stage",
+            dynamic_ncols=True,
+            file=sys.stderr,
+            disable=not self.is_terminal,
+        )
 
     def say(self, text: str) -> None:
         """A line that stays."""

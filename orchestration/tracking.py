@@ -748,6 +748,7 @@ def _mlflow_client(uri: str) -> Any:
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
         "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # "View run ..." for each run that ends
         **s3_environment(os.environ),
     }
     for name, value in defaults.items():

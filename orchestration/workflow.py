@@ -263,10 +263,12 @@ def _lease() -> bytes:
 
 def _is_alive(holder: Mapping[str, Any]) -> bool:
     """A lease is refreshed while its holder lives; on this machine a dead holder is seen at once."""
-    if time.time() - holder["time"] > LEASE_S or holder["pid"] == os.getpid():
+    if time.time() - holder["time"] > LEASE_S:
         return False
     if holder["host"] != socket.gethostname():
         return True
+    if holder["pid"] == os.getpid():  # a container that was started again gives its process the same number
+        return False
     try:
         os.kill(holder["pid"], 0)
     except ProcessLookupError:

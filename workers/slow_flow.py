@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mixflow_core.interpolant import Interpolant
+from mixflow_core.interpolant import Interpolant, PathName
 from mixflow_core.rng import generator
 from mixflow_core.samplers import euler, sde, time_grid
 from mixflow_core.slow_flow import NoiseLevelProbe, Quantiles, slowed_time
@@ -21,9 +21,9 @@ SDE_STEPS = 8
 PROBE_STEPS = 600
 
 
-def train_probe(run: RunConfig, data: ImageSet) -> NoiseLevelProbe:
+def train_probe(path: PathName, data: ImageSet) -> NoiseLevelProbe:
     """Trains the probe on true interpolations of the training images, always the same way."""
-    interpolant, probe = Interpolant(run.path), NoiseLevelProbe(run.model.in_channels)
+    interpolant, probe = Interpolant(path), NoiseLevelProbe(data.images.shape[1])
     numbers = generator(0, "eval", 1)
     for parameter in probe.parameters():
         if parameter.ndim > 1:

@@ -96,7 +96,9 @@ def null_label():
 
 def null_pixel():
     images = pixels(20)
-    values = pa.array([None if i == 7 * 64 + 5 else int(v) for i, v in enumerate(images.images.reshape(-1))], pa.uint8())
+    values = pa.array(
+        [None if i == 7 * 64 + 5 else int(v) for i, v in enumerate(images.images.reshape(-1))], pa.uint8()
+    )
     flat = pa.FixedSizeListArray.from_arrays(values, 64)
     table = pa.table({"image": flat, "label": pa.array(images.labels)})
     return table.replace_schema_metadata({"mixflow": json.dumps({**ABOUT, "dtype": "uint8"})})

@@ -25,7 +25,9 @@ def test_unpatchify_puts_every_patch_where_it_was_cut(learn_sigma):
     tokens = torch.stack(
         [
             # Within a patch the published layout runs over rows, columns, then channels.
-            torch.stack([full[:, c, 4 * i + a, 4 * j + b] for a in range(4) for b in range(4) for c in range(full.shape[1])])
+            torch.stack(
+                [full[:, c, 4 * i + a, 4 * j + b] for a in range(4) for b in range(4) for c in range(full.shape[1])]
+            )
             for i in range(3)
             for j in range(3)
         ]

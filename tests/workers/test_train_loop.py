@@ -177,7 +177,11 @@ def test_the_error_survives_pickling():
     error = NonFiniteLossError(3, [0, 2], "checkpoints/step-000000002-ab")
     copy = pickle.loads(pickle.dumps(error))
     assert (copy.step, copy.ranks, copy.last_checkpoint) == (3, [0, 2], "checkpoints/step-000000002-ab")
-    assert str(copy) == str(error) == (
-        "loss is not finite on ranks [0, 2] at step 3 (last checkpoint: checkpoints/step-000000002-ab); "
-        "stopped before the update"
+    assert (
+        str(copy)
+        == str(error)
+        == (
+            "loss is not finite on ranks [0, 2] at step 3 (last checkpoint: checkpoints/step-000000002-ab); "
+            "stopped before the update"
+        )
     )

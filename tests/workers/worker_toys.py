@@ -40,7 +40,7 @@ TRAINING = {
 }
 
 
-def run_config(*, model: Mapping[str, Any] = {}, seed: int = 7, **training: Any) -> RunConfig:  # noqa: B006 - read only
+def run_config(*, model: Mapping[str, Any] = {}, seed: int = 7, **training: Any) -> RunConfig:
     """A tiny run, through JSON as a recipe's values come; keywords change its training section."""
     values = {"model": {**MODEL, **model}, "mixture": MIXTURE, "training": {**TRAINING, **training}, "seed": seed}
     return RunConfig.model_validate_json(json.dumps(values))
@@ -56,9 +56,7 @@ def pixels(count: int = 40, seed: int = 0, size: int = 8) -> ImageSet:
 def latents(count: int = 200, seed: int = 0) -> ImageSet:
     """Random float32 images."""
     numbers = np.random.default_rng(seed)
-    return ImageSet(
-        numbers.standard_normal((count, 1, 8, 8)).astype(np.float32), numbers.integers(0, 10, count)
-    )
+    return ImageSet(numbers.standard_normal((count, 1, 8, 8)).astype(np.float32), numbers.integers(0, 10, count))
 
 
 def local_io(

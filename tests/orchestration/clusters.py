@@ -1,0 +1,115 @@
+"""Runs of the real command line in processes of their own, and the processes of Ray behind them."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+# The quickstart, all of its stages, in seconds instead of minutes.
+SMALL = {
+    "base.train.steps": 40,
+    "base.train.log_every": 20,
+    "base.train.checkpoint_every": 20,
+    "training.steps": 60,
+    "training.log_every": 10,
+    "training.checkpoint_every": 20,
+    "training.global_batch_size": 32,
+    "base.train.global_batch_size": 32,
+    "evaluation.num_samples": 100,
+    "evaluation.sample_batch_size": 50,
+    "evaluation.slow_flow_samples": 50,
+    "replicates": 2,
+}
+
+
+def small(**more: object) -> list[str]:
+    """--set arguments of the small quickstart; keywords write dots as double underscores."""
+    settings = SMALL | {key.replace("__", "."): value for key, value in more.items()}
+    return [argument for key, value in settings.items() for argument in ("--set", f"{key}={value}")]
+
+
+class Run:
+    """`python -m orchestration ...` in a process group of its own."""
+
+    def __init__(self, arguments: list[str], directory: Path, environment: Mapping[str, str]) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.out, self.err = directory / "stdout", directory / "stderr"
+        env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MIXFLOW_", "MLFLOW_"))}
+        # Ray's own start-up time limits are for idle machines.
+        env |= {"RAY_raylet_start_wait_time_s": "120", **environment}
+        with self.out.open("wb") as out, self.err.open("ab") as err:
+            self.process = psutil.Popen(
+                [sys.executable, "-m", "orchestration", *arguments],
+                stdout=out,
+                stderr=err,
+                env=env,
+                start_new_session=True,
+            )
+
+    def wait(self, timeout_s: float = 400) -> int:
+        """The exit code; what the run said if it hangs."""
+        try:
+            return int(self.process.wait(timeout_s))
+        except (subprocess.TimeoutExpired, psutil.TimeoutExpired):
+            self.kill_all()
+            pytest.fail(f"the run did not end in {timeout_s:g} s:\n{self.said()}")
+
+    def answer(self) -> dict[str, Any]:
+        """The JSON document of a run that ended well."""
+        code = self.wait()
+        assert code == 0, self.said()
+        return dict(json.loads(self.out.read_text()))
+
+    def said(self) -> str:
+        """The end of what it wrote to stderr."""
+        return self.err.read_text()[-4000:]
+
+    def find(self, name: str) -> list[psutil.Process]:
+        """Its living descendants whose title or program name contains `name`."""
+        found = []
+        for process in self.process.children(recursive=True):
+            try:
+                title = f"{process.name()} {' '.join(process.cmdline()[:1])}"
+                if name in title and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+    def until(self, condition: Callable[[], object], what: str, timeout_s: float = 200) -> None:
+        """Waits until a condition holds, and fails if the run ends or the time is over before."""
+        end = time.monotonic() + timeout_s
+        while not condition():
+            if self.process.poll() is not None or time.monotonic() > end:
+                self.kill_all()
+                pytest.fail(f"{what} did not happen:\n{self.said()}")
+            time.sleep(0.05)
+
+    def kill_all(self) -> None:
+        """Ends what is left of it, by pid."""
+        try:
+            family = [*self.process.children(recursive=True), self.process]
+        except psutil.NoSuchProcess:
+            return
+        for process in family:
+            try:
+                process.kill()
+            except psutil.NoSuchProcess:
+                continue
+
+
+def results_of(workspace: Path) -> dict[str, str]:
+    """SHA-256 of every file that training, sampling and evaluation left, by its path in the workspace."""
+    found = {}
+    for kind in ("data", "base", "features", "arms", "samples", "metrics", "slow-flow"):
+        for manifest in (workspace / kind).glob("*/manifest.json"):
+            for name, entry in json.loads(manifest.read_text())["files"].items():
+                found[f"{kind}/{manifest.parent.name}/{name}"] = entry["sha256"]
+    return found

@@ -1,0 +1,109 @@
+"""The whole workflow on a real Ray cluster: complete, resumable, exact after kill -9 of any process."""
+
+import json
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from clusters import Run, results_of, small
+
+pytestmark = pytest.mark.ray
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
+    """A small quickstart that nobody disturbed: its workspace and its answer."""
+    home = tmp_path_factory.mktemp("undisturbed")
+    run = Run(["run", "quickstart", "--json", *small()], home, {"MIXFLOW_WORKSPACE": str(home / "ws")})
+    return home / "ws", run.answer()
+
+
+def test_the_answer_names_everything(finished: tuple[Path, dict]) -> None:
+    workspace, answer = finished
+    assert answer["workspace"] == str(workspace)
+    assert Path(answer["report"]).read_text().startswith("<!doctype html>")
+    assert {stage["state"] for stage in answer["stages"]} == {"done"}
+    assert {arm["name"] for arm in answer["arms"]} == {"none", "standard", "mixflow", "matched"}
+    for arm in answer["arms"]:
+        assert arm["seeds"] == [0, 1]
+        assert arm["verdict"] in ("promote", "reject", "inconclusive")
+        interval = arm["metrics"]["euler20/s1"]["fd_digits"]
+        assert interval["low"] <= interval["mean"] <= interval["high"]
+    assert answer["tracking"]["pending"] == 0
+
+
+def test_mlflow_holds_every_run_and_every_metric_once(finished: tuple[Path, dict]) -> None:
+    workspace, answer = finished
+    client = MlflowClient(answer["tracking"]["uri"])
+    experiment = client.get_experiment_by_name("quickstart")
+    runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}
+    arms = [f"{arm}/{k}" for arm in ("none", "standard", "mixflow", "matched") for k in (0, 1)]
+    assert sorted(runs) == sorted([*arms, "base", "quickstart"])
+    parent = runs.pop("quickstart")
+    assert parent.info.run_id == answer["tracking"]["parent_run"]
+    assert {artifact.path for artifact in client.list_artifacts(parent.info.run_id)} >= {"report.html", "results.json"}
+    for run in runs.values():
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+    run = runs["mixflow/1"]
+    weights = Path(run.data.tags["mixflow.weights"])
+    history = [json.loads(line) for line in (weights.parent / "history.jsonl").read_text().splitlines()]
+    for key in ("train/loss", "train/grad_norm", "eval/loss"):
+        there = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)]
+        assert sorted(there) == [(row["step"], row[key]) for row in history if key in row]
+    of_arm = next(arm for arm in answer["arms"] if arm["name"] == "mixflow")
+    value = of_arm["metrics"]["heun10/s1"]["recall"]["values"][1]
+    assert run.data.metrics["eval/recall/heun10/s1"] == value
+    assert run.data.params["run.mixture.gamma"] == "0.8"
+    assert {artifact.path for artifact in client.list_artifacts(run.info.run_id, "grids")} >= {"grids/euler4-s1.png"}
+
+
+def test_a_second_run_reuses_everything_and_a_change_only_what_precedes_it(finished: tuple[Path, dict]) -> None:
+    workspace, answer = finished
+    environment = {"MIXFLOW_WORKSPACE": str(workspace)}
+    again = Run(["run", "quickstart", "--resume", "--json", *small()], workspace.parent / "again", environment).answer()
+    assert {stage["state"] for stage in again["stages"]} == {"reused"}
+    assert again["arms"] == answer["arms"]
+    assert again["tracking"]["parent_run"] == answer["tracking"]["parent_run"]
+    other = Run(["plan", "quickstart", "--json", *small(mixture__gamma=0.3)], workspace.parent / "plan", environment)
+    states = {stage["name"]: stage["state"] for stage in other.answer()["stages"]}
+    assert states["base"] == states["arms/standard/0"] == states["metrics/none/1"] == "done"
+    assert states["arms/mixflow/0"] == states["arms/matched/1"] == states["metrics/mixflow/0"] == "to do"
+
+
+@pytest.mark.parametrize("victim", ["worker", "controller", "driver", "raylet", "reporter"])
+def test_kill_9_changes_nothing(victim: str, finished: tuple[Path, dict], tmp_path: Path) -> None:
+    workspace = tmp_path / "ws"
+    command = ["run", "quickstart", "--json", *small()]
+    environment = {"MIXFLOW_WORKSPACE": str(workspace)}
+    run = Run(command, tmp_path, environment)
+    # In the middle of an arm: its first checkpoint is there, its end is not.
+    run.until(lambda: list(workspace.glob("checkpoints/arms-*/step-*/manifest.json")), "a first checkpoint of an arm")
+    titles = {"worker": "RayTrainWorker", "controller": "TrainController", "raylet": "raylet", "reporter": "Reporter"}
+    victims = [run.process] if victim == "driver" else run.find(titles[victim])
+    assert victims, [p.cmdline()[:1] for p in run.process.children(recursive=True)]
+    victims[0].kill()
+    if run.wait() != 0:
+        run.kill_all()
+        run = Run(command, tmp_path / "again", environment)
+    answer = run.answer()
+    assert answer["tracking"]["pending"] == 0
+    assert results_of(workspace) == results_of(finished[0])
+
+
+def test_one_worker_draws_the_same_samples(finished: tuple[Path, dict], tmp_path: Path) -> None:
+    settings = small(cluster__num_workers=1)
+    Run(["train", "quickstart", "--json", *settings], tmp_path, {"MIXFLOW_WORKSPACE": str(tmp_path / "ws")}).answer()
+
+    def losses(workspace: Path) -> dict[tuple[str, int], float]:
+        found = {}
+        for path in workspace.glob("arms/*/manifest.json"):
+            stage = json.loads(path.read_text())["meta"]["stage"]
+            rows = map(json.loads, (path.parent / "history.jsonl").read_text().splitlines())
+            found |= {(stage, row["step"]): row["train/loss"] for row in rows if "train/loss" in row}
+        return found
+
+    two, one = losses(finished[0]), losses(tmp_path / "ws")
+    assert len(two) == 3 * 2 * 6
+    assert one == pytest.approx(two, rel=1e-5)
