@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _stdout_kept_for_json() -> Iterator[None]:
-    """Sends to stderr what others print meanwhile: Ray's driver writes its warnings to stdout, C code to descriptor 1."""
+    """Sends to stderr what others print meanwhile: Ray warns on stdout, C code writes to descriptor 1."""
     sys.stdout.flush()
     kept = os.dup(1)
     os.dup2(2, 1)
@@ -115,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     from orchestration import tracking
     from orchestration.experiment import load
-    from orchestration.report import text_table
+    from orchestration.report import slow_flow_table
     from orchestration.run import open_place, run_experiment
 
     experiment = load(arguments.experiment, arguments.overrides)
@@ -128,17 +128,17 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         resume=arguments.resume,
     )
     if not arguments.json:
+        if "table" in outcome:
+            print(outcome["table"])
+        elif "slow_flow" in outcome:
+            print(slow_flow_table(outcome["slow_flow"]))
+            print(f"plot:    {outcome['slow_flow']['plot']}")
+        for name, uri in (outcome.get("weights") or outcome.get("samples") or {}).items():
+            print(f"{name}: {uri}")
         if "report" in outcome:
-            print(text_table(json.loads(_beside_report(outcome["report"], "results.json"))))
             print(f"report:  {outcome['report']}")
         print(f"MLflow:  {tracking.ui_command(outcome['tracking']['uri'])}")
     return outcome
-
-
-def _beside_report(uri: str, name: str) -> bytes:
-    from orchestration.storage import open_storage
-
-    return open_storage(uri.rpartition("/")[0]).read(name)
 
 
 def _plan(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import time
 import uuid
@@ -34,6 +35,11 @@ class Reporter:
         self.home = home
         self.tracker = Tracker(open_storage(workspace), tracking_uri, experiment, f"tracking/{home.split('/')[-1]}")
         self.latest: dict[str, Any] = {}
+        self.starts = 0
+
+    def started(self) -> None:
+        """A worker group begins, for the first time or again."""
+        self.starts += 1
 
     def tell(self, stage: str, done: int, total: int, metrics: Mapping[str, float], timestamp_ms: int) -> None:
         """Progress of a stage and metrics of its run at step `done`."""
@@ -42,8 +48,8 @@ class Reporter:
             self.tracker.log(self.key(stage), [Metric(k, done, v, timestamp_ms) for k, v in metrics.items()])
 
     def progress(self) -> dict[str, Any]:
-        """What was told last."""
-        return self.latest
+        """What was told last, and how often a worker group began."""
+        return {**self.latest, "starts": self.starts}
 
     def key(self, stage: str) -> str:
         """Key of a stage's run; "" is the experiment's own."""
@@ -175,9 +181,11 @@ def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
         rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         device=ray.train.torch.get_device() if experiment.cluster.gpus_per_worker else torch.device("cpu"),
-        cache=cache_directory(workspace.storage),
+        cache=cache_directory(),
         tell=tell,
     )
+    if site.rank == 0:
+        reporter.started.remote()
     try:
         run_stages(site, [workspace.stages[name] for name in config["stages"]])
     except NonFiniteLossError as error:
@@ -186,11 +194,9 @@ def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
     return {}
 
 
-def cache_directory(storage: Storage) -> Path:
-    """This machine's directory for fetched artifacts and memory maps; safe to remove between runs."""
-    if storage.is_local:
-        return Path(storage.uri) / "cache"
-    return Path(tempfile.gettempdir()) / f"mixflow-cache-{Path.home().name}"
+def cache_directory() -> Path:
+    """This machine's directory for fetched artifacts and memory maps, keyed by content; safe to remove between runs."""
+    return Path(tempfile.gettempdir()) / f"mixflow-cache-{os.getuid()}"
 
 
 def _cause(error: BaseException) -> str:

@@ -24,7 +24,7 @@ class Progress:
 
     def __init__(self, stages: list[str], done: int) -> None:
         self.stages, self.start, self.last_line = stages, time.monotonic(), 0.0
-        self.shown = ""
+        self.shown, self.starts = "", 0
         self.is_terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=len(stages),
@@ -43,7 +43,12 @@ class Progress:
             print(f"[{time.monotonic() - self.start:6.1f} s] {text}", file=sys.stderr, flush=True)
 
     def show(self, latest: Mapping[str, Any]) -> None:
-        """The newest progress: {stage, done, total, metrics}."""
+        """The newest progress: {stage, done, total, metrics}, and how often a worker group has started."""
+        if latest.get("starts", 0) > max(1, self.starts):
+            self.say(
+                f"warning: the workers failed and were started again ({latest['starts'] - 1}); going on from there"
+            )
+        self.starts = max(self.starts, latest.get("starts", 0))
         stage = latest.get("stage")
         if stage not in self.stages:
             return

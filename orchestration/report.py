@@ -35,7 +35,7 @@ def write_report(workspace: Workspace, summary: Mapping[str, Any], directory: Pa
     experiment, storage = workspace.experiment, workspace.storage
     figures = {
         "metrics.png": _metric_curves(experiment, summary),
-        "slow_flow.png": _slow_flow(experiment, _slow_flow_results(workspace)),
+        "slow_flow.png": slow_flow_plot(_slow_flow_results(workspace)),
     }
     for name, content in figures.items():
         (directory / name).write_bytes(content)
@@ -76,6 +76,18 @@ def text_table(summary: Mapping[str, Any]) -> str:
     return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows)
 
 
+def slow_flow_table(measured: Mapping[str, Any]) -> str:
+    """Median and 5-95 % of each quantity at a few times, for a terminal."""
+    lines = [f"m_t <= t in {measured['share_slowed']:.1%} of states ({measured['num_samples']} rollouts)"]
+    for key in ("slowed_time", "probe_ode", "probe_sde"):
+        q = measured[key]
+        lines.append(f"{key}: median [5 %, 95 %]")
+        step = max(1, len(q["times"]) // 5)
+        for t, values in list(zip(q["times"], q["values"], strict=True))[step - 1 :: step]:
+            lines.append(f"  t = {t:.2f}  {values[2]:+.3f} [{values[0]:+.3f}, {values[-1]:+.3f}]")
+    return "\n".join(lines)
+
+
 def _metric_curves(experiment: Experiment, summary: Mapping[str, Any]) -> bytes:
     """Every metric against the number of network evaluations of the unguided samplers, one line an arm and method."""
     nfe = summary["protocol"]["nfe"]
@@ -110,8 +122,8 @@ def _metric_curves(experiment: Experiment, summary: Mapping[str, Any]) -> bytes:
     return _png(draw, (17, 4.4))
 
 
-def _slow_flow(experiment: Experiment, measured: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """Before (the base) and after: slowed time against sampling time, and the probe's lag."""
+def slow_flow_plot(measured: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """PNG of the base (before) and arms (after): slowed time against sampling time, and the probe's lag."""
     rows = (
         ("slowed_time", "Slow Flow: nearest time on a real path"),
         ("probe_ode", "probe lag, Euler 20"),

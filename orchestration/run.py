@@ -18,7 +18,7 @@ from orchestration import cluster, results, tracking
 from orchestration.experiment import Experiment
 from orchestration.launch import Reporter, RunFailedError, cache_directory, launch, start_reporter
 from orchestration.progress import Progress
-from orchestration.report import write_report
+from orchestration.report import slow_flow_plot, text_table, write_report
 from orchestration.storage import Storage, open_storage, s3_environment
 from orchestration.workflow import Artifact, Stage, Workspace, needed_for
 from workers import data as images
@@ -62,7 +62,7 @@ def check_inputs(workspace: Workspace) -> None:
     Raises:
         ValueError: data or a checkpoint that cannot be used; CorruptError: an artifact that was altered.
     """
-    experiment, cache = workspace.experiment, cache_directory(workspace.storage)
+    experiment, cache = workspace.experiment, cache_directory()
     if experiment.data.shards and workspace.artifact("data") is None:
         raise ValueError(f"data.shards must be a directory with a manifest.json, got {experiment.data.shards!r}")
     artifact = workspace.artifact("data")
@@ -278,20 +278,27 @@ def _finish(
     """Report and tracking from what lies in the workspace, whoever computed it."""
     outcome: dict[str, Any] = {"workspace": workspace.storage.uri, "experiment": workspace.home}
     names = [stage.name for stage in stages]
-    if "report" in names:
-        summary = results.summarise(workspace)
-        start = time.monotonic()
-        if workspace.artifact("report") is None:
-            with _scratch() as directory:
-                write_report(workspace, summary, directory)
-                workspace.publish("report", directory, seconds=time.monotonic() - start)
-            progress.show({"stage": "report", "done": 1, "total": 1, "metrics": {}})
-        outcome.update(arms=_arms(summary), report=_place_report(workspace))
     for stage in stages:
         if stage.kind in ("base", "arms"):
             _track_training(workspace, stage.name, reporter)
-    if "report" in names:
+    if "slow-flow/base" in names:
+        outcome["slow_flow"] = _place_slow_flow(workspace)
+        reporter("artifacts", "", [f"{workspace.home}/slow_flow_base.png"], "")
+    if all(stage.name in names for stage in workspace.stages.values() if stage.kind == "metrics"):
+        summary = results.summarise(workspace)
+        outcome["arms"] = _arms(summary)
         _track_evaluation(workspace, summary, reporter)
+        outcome["table"] = text_table(summary)
+        if "report" in names:
+            _make_report(workspace, summary, progress)
+            outcome["report"] = _place_report(workspace)
+            report = workspace.artifact("report")
+            assert report, "the report was published just now"
+            reporter("artifacts", "", [f"{report.path}/{name}" for name in report.manifest.files], "")
+    elif "samples" in {stage.kind for stage in stages}:
+        outcome["samples"] = {n: workspace.uri(n) for n in names if n.startswith("samples/")}
+    elif "arms" in {stage.kind for stage in stages}:
+        outcome["weights"] = {n: workspace.uri(n) + "/weights.safetensors" for n in names if n.startswith("arms/")}
     for name in _runs(stages):
         reporter("end_run", name, "FINISHED")
     outcome["stages"] = [
@@ -304,6 +311,25 @@ def _finish(
         if (artifact := workspace.artifact(name))
     ]
     return outcome
+
+
+def _make_report(workspace: Workspace, summary: Mapping[str, Any], progress: Progress) -> None:
+    if workspace.artifact("report") is None:
+        start = time.monotonic()
+        with _scratch() as directory:
+            write_report(workspace, summary, directory)
+            workspace.publish("report", directory, seconds=time.monotonic() - start)
+        progress.show({"stage": "report", "done": 1, "total": 1, "metrics": {}})
+
+
+def _place_slow_flow(workspace: Workspace) -> dict[str, Any]:
+    """The base's measurement with a plot of it at a place that can be remembered."""
+    artifact = workspace.artifact("slow-flow/base")
+    assert artifact, "slow flow was measured before"
+    measured = json.loads(workspace.storage.read(f"{artifact.path}/slow_flow.json"))
+    plot = f"{workspace.home}/slow_flow_base.png"
+    workspace.storage.put(plot, slow_flow_plot({"base": measured}))
+    return {"plot": f"{workspace.storage.uri}/{plot}", **measured}
 
 
 def _arms(summary: Mapping[str, Any]) -> list[dict[str, Any]]:

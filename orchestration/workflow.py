@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import socket
 import threading
@@ -23,6 +24,8 @@ from typing import Any
 from orchestration.experiment import Experiment
 from orchestration.storage import Storage, open_storage
 from workers.manifest import Manifest, canonical_hash
+
+log = logging.getLogger(__name__)
 
 KINDS = ("data", "base", "features", "arms", "slow-flow", "samples", "metrics", "report")
 LEASE_S = 60.0
@@ -183,6 +186,12 @@ class Workspace:
             self._found[name] = Artifact(uri, path, manifest)
         return self._found[name]
 
+    def uri(self, name: str) -> str:
+        """URI of the result of a stage that is there."""
+        artifact = self.artifact(name)
+        assert artifact, f"{name} was asked for before it was done"
+        return f"{artifact.uri}/{artifact.path}"
+
     def state(self, name: str) -> str:
         """`done`, `stale` (done, by another version of the code) or `to do`."""
         artifact = self.artifact(name)
@@ -235,7 +244,10 @@ class Workspace:
 
         def refresh() -> None:
             while not stop.wait(LEASE_S / 4):
-                self.storage.put(path, _lease())
+                try:
+                    self.storage.put(path, _lease())
+                except OSError as error:  # the next turn tries again before the lease runs out
+                    log.warning("the lease was not refreshed: %s", error)
 
         thread = threading.Thread(target=refresh, daemon=True, name="lease")
         thread.start()
