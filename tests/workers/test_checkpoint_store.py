@@ -119,7 +119,6 @@ def test_a_spoilt_best_does_not_count_among_those_kept(tmp_path):
     saved(tmp_path, [10, 20, 30], [1.0, 2.0, 3.0], keep=2)
     open_storage(str(tmp_path)).set_aside(f"runs/r1/{at_step(tmp_path, 10).name}", "test")
     saved(tmp_path, [40], [4.0], keep=2)
-    assert not list((tmp_path / "runs/r1").glob("step-000000020-*/model.safetensors")) or at_step(tmp_path, 20)
     assert {m.meta["step"] for m in manifests(tmp_path)} == {20, 30, 40}
 
 
