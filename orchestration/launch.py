@@ -13,7 +13,7 @@ from typing import Any
 
 from orchestration.cluster import NAMESPACE
 from orchestration.experiment import Experiment
-from orchestration.storage import Storage, open_storage
+from orchestration.storage import open_storage
 from orchestration.tracking import Metric, Tracker
 from orchestration.workflow import Stage, Workspace
 
