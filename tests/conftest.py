@@ -1,1 +1,3 @@
-"""Puts this directory on the import path (pytest does so for a conftest.py's directory), so that tests find `toys`."""
+"""What tests of more than one room use."""
+
+pytest_plugins = ["mlflow_servers"]

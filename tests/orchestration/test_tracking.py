@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow_servers import Doorkeeper, MlflowServer, Proxy, free_port, mlflow_server, postgresql, serve, wait_until
+from mlflow_servers import Doorkeeper, MlflowServer, Proxy, free_port, wait_until
 
 from orchestration import tracking
 from orchestration.storage import Storage, open_storage
