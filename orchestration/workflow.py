@@ -27,6 +27,7 @@ from workers.manifest import Manifest, canonical_hash
 
 log = logging.getLogger(__name__)
 
+log = logging.getLogger(__name__)
 KINDS = ("data", "base", "features", "arms", "slow-flow", "samples", "metrics", "report")
 LEASE_S = 60.0
 
