@@ -100,11 +100,8 @@ def summarise(workspace: Workspace) -> dict[str, Any]:
 def protocol(workspace: Workspace) -> dict[str, Any]:
     """What a number depends on besides the arm; numbers of unequal protocols do not belong in one table."""
     experiment = workspace.experiment
-    samples, data, features = (
-        workspace.artifact(name) for name in (f"samples/{next(iter(experiment.arms))}/0", "data", "features")
-    )
-    if not (samples and data and features):
-        raise RuntimeError("a protocol is read after the metrics, which are not there")
+    samples = workspace.result(f"samples/{next(iter(experiment.arms))}/0")
+    data, features = workspace.result("data"), workspace.result("features")
     evaluation = experiment.evaluation
     return {
         "samplers": [asdict(s) for s in evaluation.samplers],

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -18,13 +17,12 @@ from orchestration import cluster, results, tracking
 from orchestration.experiment import Experiment
 from orchestration.launch import Reporter, RunFailedError, cache_directory, launch, start_reporter
 from orchestration.progress import Progress
+from orchestration.recording import Recorder
 from orchestration.report import slow_flow_plot, text_table, write_report
 from orchestration.storage import Storage, open_storage, s3_environment
-from orchestration.workflow import Artifact, Stage, Workspace, needed_for
+from orchestration.workflow import Stage, Workspace, needed_for
 from workers import data as images
 from workers.manifest import measure
-
-DRAIN_S = 60.0
 
 
 @dataclass
@@ -146,18 +144,18 @@ def run_experiment(
             progress.say(f"warning: {line}")
         _driver_stages(workspace, stages, progress)
         pending = [stage for stage in workspace.pending(stages) if not stage.on_driver]
-        reporter = _open_reporter(workspace, place, bool(pending), cleanup, progress)
-        _start_runs(workspace, stages, reporter)
+        reporter, name = _open_reporter(workspace, place, bool(pending), cleanup, progress)
+        recorder = Recorder(workspace, stages, reporter, is_actor=bool(pending))
+        recorder.start()
         try:
             if pending:
-                with progress.following(reporter.progress):
-                    launch(workspace, pending, reporter.name)
-                workspace = Workspace(experiment, place.storage)
-            outcome = _finish(workspace, stages, states, reporter, progress)
+                with progress.following(recorder.progress):
+                    launch(workspace, pending, name)
+            outcome = _finish(workspace, stages, states, recorder, progress)
         except BaseException as error:
-            reporter.end(stages, "KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            recorder.end_badly("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
             raise
-        outcome["tracking"] = _delivered(reporter, place, progress)
+        outcome["tracking"] = _delivered(recorder, place, progress)
         return outcome
 
 
@@ -201,50 +199,14 @@ def _driver_stages(workspace: Workspace, stages: list[Stage], progress: Progress
         progress.show({"stage": "base", "done": 1, "total": 1, "metrics": {}})
 
 
-# --------------------------------------------------------------------------------------------------- tracking
-
-
-class _ReporterClient:
-    """Calls the Reporter, an actor while workers run, else an object of this process."""
-
-    def __init__(self, reporter: Any, name: str) -> None:
-        self.reporter, self.name = reporter, name
-
-    def __call__(self, method: str, *args: Any) -> Any:
-        call = getattr(self.reporter, method)
-        if not self.name:
-            return call(*args)
-        import ray
-
-        return ray.get(call.remote(*args))
-
-    def progress(self) -> Mapping[str, Any] | None:
-        """What the workers told last; None while the actor is being restarted."""
-        import ray
-
-        try:
-            found: Mapping[str, Any] = ray.get(self.reporter.progress.remote(), timeout=5)
-            return found
-        except (ray.exceptions.RayError, TimeoutError):
-            return None
-
-    def end(self, stages: list[Stage], status: str) -> None:
-        """Ends every run of the experiment, as far as the cluster still answers."""
-        try:
-            for stage in _runs(stages):
-                self("end_run", stage, status)
-            self("drain", 5.0)
-        except Exception as error:  # the run's own failure is what the user must see
-            print(f"warning: MLflow was not told that the run {status.lower()}: {error}", file=sys.stderr)
-
-
 def _open_reporter(
     workspace: Workspace, place: Place, with_workers: bool, cleanup: ExitStack, progress: Progress
-) -> _ReporterClient:
+) -> tuple[Any, str]:
+    """The Reporter: an actor on the cluster (and its name) while there is work for workers, else an object here."""
     if not with_workers:
         reporter = Reporter(place.storage.uri, place.tracking_uri, workspace.experiment.name, workspace.home)
         cleanup.callback(reporter.tracker.close)
-        return _ReporterClient(reporter, "")
+        return reporter, ""
     import ray
 
     progress.say("starting Ray" if not os.environ.get("RAY_ADDRESS") else f"joining {os.environ['RAY_ADDRESS']}")
@@ -252,55 +214,34 @@ def _open_reporter(
     cleanup.callback(ray.shutdown)
     cluster.check_resources(workspace.experiment.cluster)
     cluster.check_shared(place.storage)
-    actor, name = start_reporter(workspace, place.tracking_uri)
-    return _ReporterClient(actor, name)
-
-
-def _runs(stages: list[Stage]) -> list[str]:
-    """The stages that are runs in MLflow, the experiment's own ("") last."""
-    return [stage.name for stage in stages if stage.kind in ("base", "arms")] + [""]
-
-
-def _start_runs(workspace: Workspace, stages: list[Stage], reporter: _ReporterClient) -> None:
-    experiment = workspace.experiment
-    tags = {"mixflow.experiment": experiment.identity, "mixflow.workspace": workspace.storage.uri}
-    reporter("start_run", "", experiment.name, experiment.model_dump(mode="json"), tags)
-    for stage in stages:
-        if stage.kind in ("base", "arms"):
-            arm, seed = [*stage.name.split("/"), "", ""][1:3]
-            about = {"mixflow.arm": arm or "base", "mixflow.replicate": seed or "0"}
-            reporter("start_run", stage.name, stage.name.removeprefix("arms/"), stage.settings, about, "")
+    return start_reporter(workspace, place.tracking_uri)
 
 
 def _finish(
-    workspace: Workspace, stages: list[Stage], before: Mapping[str, str], reporter: _ReporterClient, progress: Progress
+    workspace: Workspace, stages: list[Stage], before: Mapping[str, str], recorder: Recorder, progress: Progress
 ) -> dict[str, Any]:
     """Report and tracking from what lies in the workspace, whoever computed it."""
     outcome: dict[str, Any] = {"workspace": workspace.storage.uri, "experiment": workspace.home}
     names = [stage.name for stage in stages]
-    for stage in stages:
-        if stage.kind in ("base", "arms"):
-            _track_training(workspace, stage.name, reporter)
+    recorder.training()
     if "slow-flow/base" in names:
         outcome["slow_flow"] = _place_slow_flow(workspace)
-        reporter("artifacts", "", [f"{workspace.home}/slow_flow_base.png"], "")
-    if all(stage.name in names for stage in workspace.stages.values() if stage.kind == "metrics"):
+        recorder.artifacts([f"{workspace.home}/slow_flow_base.png"])
+    kinds = {stage.kind for stage in stages}
+    if "metrics" in kinds:
         summary = results.summarise(workspace)
-        outcome["arms"] = _arms(summary)
-        _track_evaluation(workspace, summary, reporter)
-        outcome["table"] = text_table(summary)
-        if "report" in names:
+        outcome.update(arms=_arms(summary), table=text_table(summary))
+        recorder.evaluation(summary)
+        if "report" in kinds:
             _make_report(workspace, summary, progress)
             outcome["report"] = _place_report(workspace)
-            report = workspace.artifact("report")
-            assert report, "the report was published just now"
-            reporter("artifacts", "", [f"{report.path}/{name}" for name in report.manifest.files], "")
-    elif "samples" in {stage.kind for stage in stages}:
-        outcome["samples"] = {n: workspace.uri(n) for n in names if n.startswith("samples/")}
-    elif "arms" in {stage.kind for stage in stages}:
-        outcome["weights"] = {n: workspace.uri(n) + "/weights.safetensors" for n in names if n.startswith("arms/")}
-    for name in _runs(stages):
-        reporter("end_run", name, "FINISHED")
+            report = workspace.result("report")
+            recorder.artifacts([f"{report.path}/{name}" for name in report.manifest.files])
+    elif "samples" in kinds:
+        outcome["samples"] = {n: workspace.result(n).full_uri for n in names if n.startswith("samples/")}
+    elif "arms" in kinds:
+        outcome["weights"] = {n: workspace.result(n).full_uri for n in names if n.startswith("arms/")}
+    recorder.end("FINISHED")
     outcome["stages"] = [
         {
             "name": name,
@@ -324,8 +265,7 @@ def _make_report(workspace: Workspace, summary: Mapping[str, Any], progress: Pro
 
 def _place_slow_flow(workspace: Workspace) -> dict[str, Any]:
     """The base's measurement with a plot of it at a place that can be remembered."""
-    artifact = workspace.artifact("slow-flow/base")
-    assert artifact, "slow flow was measured before"
+    artifact = workspace.result("slow-flow/base")
     measured = json.loads(workspace.storage.read(f"{artifact.path}/slow_flow.json"))
     plot = f"{workspace.home}/slow_flow_base.png"
     workspace.storage.put(plot, slow_flow_plot({"base": measured}))
@@ -338,69 +278,14 @@ def _arms(summary: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _place_report(workspace: Workspace) -> str:
     """A copy of the report at a place that can be remembered; returns its URI."""
-    artifact = workspace.artifact("report")
-    assert artifact, "the report was published before"
+    artifact = workspace.result("report")
     for name in artifact.manifest.files:
         workspace.storage.put(f"{workspace.home}/{name}", workspace.storage.read(f"{artifact.path}/{name}"))
     return f"{workspace.storage.uri}/{workspace.home}/report.html"
 
 
-def _track_training(workspace: Workspace, name: str, reporter: _ReporterClient) -> None:
-    artifact: Artifact | None = workspace.artifact(name)
-    if artifact is None:
-        return
-    now = int(time.time() * 1000)
-    if "history.jsonl" in artifact.manifest.files:
-        rows = map(json.loads, workspace.storage.read(f"{artifact.path}/history.jsonl").splitlines())
-        values = [(k, row["step"], v) for row in rows for k, v in row.items() if k != "step"]
-        reporter("log", name, [tracking.Metric(k, step, v, now) for k, step, v in values])
-    meta = artifact.manifest.meta
-    about = {
-        "mixflow.weights": f"{artifact.uri}/{artifact.path}/weights.safetensors",
-        "mixflow.weights_sha256": artifact.manifest.files["weights.safetensors"].sha256,
-        "mixflow.checkpoints": meta.get("checkpoints", "none: the weights were given"),
-        "mixflow.code": meta["code"],
-    }
-    reporter("tags", name, about)
-
-
-def _track_evaluation(workspace: Workspace, summary: Mapping[str, Any], reporter: _ReporterClient) -> None:
-    experiment, now = workspace.experiment, int(time.time() * 1000)
-    step = experiment.training.steps
-    for name, arm in summary["arms"].items():
-        trained = experiment.arms[name].train
-        for k in arm["seeds"]:
-            run = f"arms/{name}/{k}"
-            if not trained:  # the base under sampling seed k has no training run of its own
-                about = {"mixflow.arm": name, "mixflow.replicate": str(k)}
-                reporter("start_run", run, f"{name}/{k}", {"post_training": "none"}, about, "")
-            reporter("log", run, [
-                tracking.Metric(f"eval/{metric}/{cell}", step if trained else 0, interval["values"][k], now)
-                for cell, of_cell in arm["metrics"].items()
-                for metric, interval in of_cell.items()
-            ])  # fmt: skip
-            samples = workspace.artifact(f"samples/{name}/{k}")
-            assert samples, "samples were there for the metrics"
-            grids = [f"{samples.path}/{file}" for file in samples.manifest.files if file.endswith(".png")]
-            reporter("artifacts", run, grids, "grids")
-            reporter("tags", run, {"mixflow.samples": f"{samples.uri}/{samples.path}"})
-            if not trained:
-                reporter("end_run", run, "FINISHED")
-    metric, _, cell = experiment.evaluation.primary.partition("/")
-    reporter("log", "", [
-        tracking.Metric(f"primary/{name}", 0, arm["metrics"][cell][metric]["mean"], now)
-        for name, arm in summary["arms"].items()
-    ])  # fmt: skip
-    reporter(
-        "tags", "", {f"mixflow.verdict.{name}": arm["verdict"]["verdict"] for name, arm in summary["arms"].items()}
-    )
-    report = workspace.artifact("report")
-    assert report, "the report was published before"
-    reporter("artifacts", "", [f"{report.path}/{name}" for name in report.manifest.files], "")
-
-
-def _delivered(reporter: _ReporterClient, place: Place, progress: Progress) -> dict[str, Any]:
-    status = reporter("drain", DRAIN_S)
+def _delivered(recorder: Recorder, place: Place, progress: Progress) -> dict[str, Any]:
+    status = recorder.delivered()
     if status["pending"]:
         progress.say(
             f"warning: MLflow at {place.tracking_uri} has not taken {status['pending']} events "

@@ -62,6 +62,11 @@ class Artifact:
     path: str
     manifest: Manifest
 
+    @property
+    def full_uri(self) -> str:
+        """URI of the directory."""
+        return f"{self.uri}/{self.path}".rstrip("/")
+
     def fetch(self, cache: Path) -> Path:
         """A verified local copy (the directory itself where it is local)."""
         return open_storage(self.uri).fetch(self.path, cache / self.manifest.digest[:16])
@@ -164,7 +169,8 @@ class Workspace:
     def path(self, name: str) -> str:
         """Directory of a stage's result, whose inputs must be there."""
         identity = self.identity(name)
-        assert identity, f"{name} was asked for before its inputs"
+        if identity is None:
+            raise RuntimeError(f"{name} was asked for before its inputs were there")
         return f"{self.stages[name].kind}/{identity}"
 
     def checkpoints(self, name: str) -> str:
@@ -187,11 +193,12 @@ class Workspace:
             self._found[name] = Artifact(uri, path, manifest)
         return self._found[name]
 
-    def uri(self, name: str) -> str:
-        """URI of the result of a stage that is there."""
+    def result(self, name: str) -> Artifact:
+        """The result of a stage that is there."""
         artifact = self.artifact(name)
-        assert artifact, f"{name} was asked for before it was done"
-        return f"{artifact.uri}/{artifact.path}"
+        if artifact is None:
+            raise RuntimeError(f"{name} was asked for before it was done")
+        return artifact
 
     def state(self, name: str) -> str:
         """`done`, `stale` (done, by another version of the code) or `to do`."""

@@ -4,9 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
-from mlflow import MlflowClient
-
 from clusters import Run, results_of, small
+from mlflow import MlflowClient
 
 pytestmark = pytest.mark.ray
 
