@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import pickle
+import time
 
 import numpy as np
 import pytest
 import torch
 from worker_toys import differences, latents, local_io, parts, pixels, run_config
 
+from mixflow_core.rng import generator
+from workers.checkpoint import TrainState
 from workers.data import batch_rows, shard_batch
 from workers.models.sit import SiT
 from workers.train import NonFiniteLossError, post_train
@@ -88,6 +91,26 @@ def test_the_held_out_loss_is_that_of_the_average_on_unseen_images(tmp_path):
     state = post_train(run, pixels(), held_out, local_io(tmp_path), initial=zero)
     expected = float((np.float64(held_out.images[:512]) / 127.5 - 1).__pow__(2).mean()) + 1
     assert state.history[-1]["eval/loss"] == pytest.approx(expected, rel=0.02)
+
+
+def test_the_held_out_loss_is_taken_with_the_averaged_weights(tmp_path):
+    run, held_out = run_config(steps=10), pixels(24, seed=1)
+    state = post_train(run, pixels(), held_out, local_io(tmp_path))
+    numbers = generator(0, "eval", 0)
+    x0, u = torch.randn(24, 1, 8, 8, generator=numbers).double(), torch.rand(24, 2, generator=numbers).double()
+    t = (((torch.randperm(24, generator=numbers) + 0.5) / 24).double()) ** 0.5
+    m = t - 0.8 * t * u[:, 1]
+    where, x1 = m[:, None, None, None], torch.from_numpy(held_out.images / 127.5 - 1)
+
+    def loss(weights):
+        model = SiT(run.model)
+        model.load_state_dict(weights)
+        with torch.no_grad():
+            out = model.double()(where * x1 + (1 - where) * x0, t, torch.from_numpy(held_out.labels))
+        return float(((out - (x1 - x0)) ** 2).mean())
+
+    assert state.history[-1]["eval/loss"] == pytest.approx(loss(state.ema), rel=1e-5)
+    assert abs(loss(state.model) - loss(state.ema)) > 1e-3 * loss(state.ema), "the average lags behind"
 
 
 def test_metrics_are_means_over_their_window(tmp_path):
@@ -171,6 +194,20 @@ def test_a_bad_image_stops_the_run_before_the_update_it_would_spoil(tmp_path, mo
     kept = local_io(tmp_path).restore()
     assert kept.step == 10
     assert all(torch.isfinite(value).all() for value in parts(kept).values())
+
+
+def test_the_error_names_the_checkpoint_that_is_still_being_written(tmp_path, monkeypatch):
+    run, data = run_config(), latents(800)
+    data.images[batch_rows(run.seed, 10 * 16, 1, 800)[0]] = float("inf")  # right after the checkpoint of step 10
+    write = TrainState.write
+
+    def slow(*args):
+        time.sleep(0.5)
+        write(*args)
+
+    monkeypatch.setattr(TrainState, "write", slow)
+    with pytest.raises(NonFiniteLossError, match=r"at step 10 \(last checkpoint: checkpoints/step-000000010-"):
+        post_train(run, data, latents(24, seed=1), local_io(tmp_path))
 
 
 def test_the_error_survives_pickling():
