@@ -7,7 +7,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,6 +89,15 @@ def _check_split(experiment: Experiment, split: images.ImageSet, num_classes: in
 
 
 @contextmanager
+def _readable(name: str, uri: str) -> Iterator[None]:
+    """What was given may lie in another storage than the workspace, which nobody has tried yet."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{name} must be readable, got {uri!r} ({error}); correct the URI or the access") from error
+
+
+@contextmanager
 def _given_checkpoint(experiment: Experiment) -> Any:
     """A local, verified, strictly fitting copy of the given base's weights as a state dict."""
     from workers.models.checkpoints import check_architecture, load_weights
@@ -99,7 +108,8 @@ def _given_checkpoint(experiment: Experiment) -> Any:
         storage = open_storage(folder or ".")
         path = Path(storage.uri) / name if storage.is_local else Path(scratch) / name
         if not storage.is_local:
-            path.write_bytes(storage.read(name))
+            with _readable("base.checkpoint", uri):
+                path.write_bytes(storage.read(name))
         if not path.is_file():
             raise ValueError(f"base.checkpoint must be a file, got {uri!r}, which does not exist")
         found = measure(path).sha256
