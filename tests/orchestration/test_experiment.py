@@ -1,0 +1,264 @@
+"""The experiment file: what is read, what is refused, what belongs to its identity, who is judged against whom."""
+
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orchestration.experiment import Experiment, derived_seed, load, recipes
+from orchestration.workflow import stages_of
+
+STANDARD = {"time_law": "uniform", "slowing_law": "interval", "gamma": 0, "target_time": "m", "shift": 1}
+
+MINIMAL = """
+name: minimal
+data: {digits: {}}
+model: {input_size: 8, patch_size: 4, in_channels: 1, hidden_size: 32, depth: 2, num_heads: 4, num_classes: 10}
+base: {train: {steps: 20, global_batch_size: 16}}
+training: {steps: 10, global_batch_size: 16}
+mixture: {time_law: beta, slowing_law: interval, gamma: 0.8, target_time: m}
+arms:
+  none: {train: false}
+  standard: {mixture: {time_law: uniform, gamma: 0}}
+  mixflow: {}
+  matched: {mixture: {condition_on: m}}
+evaluation: {samplers: [{method: euler, num_steps: 4}], primary: fd_digits/euler4/s1}
+"""
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "minimal.yaml"
+    path.write_text(MINIMAL)
+    return path
+
+
+def with_arms(file: Path, arms: dict[str, Any]) -> Experiment:
+    settings = yaml.safe_load(file.read_text())
+    settings["arms"] = arms
+    file.write_text(yaml.safe_dump(settings))
+    return load(str(file))
+
+
+def test_an_exponent_without_a_dot_is_a_number(file):
+    file.write_text(MINIMAL.replace("{steps: 10,", "{steps: 10, learning_rate: 3e-4, weight_decay: 1e-2,"))
+    assert load(str(file)).training.learning_rate == 0.0003
+    assert load(str(file)).training.weight_decay == 0.01
+    assert load(str(file), ["training.learning_rate=2e-05"]).training.learning_rate == 0.00002
+    assert load(str(file), ["training.learning_rate=1.5E-4"]).training.learning_rate == 0.00015
+
+
+def test_quotes_keep_an_exponent_text(file):
+    with pytest.raises(ValueError, match=r"training\.learning_rate must be a number, got '1e-4'"):
+        load(str(file), ["training.learning_rate='1e-4'"])
+
+
+def test_overrides_reach_sections_lists_and_keys_that_were_not_there(file):
+    changed = load(
+        str(file),
+        [
+            "seed=7",
+            "training.steps=11",
+            "evaluation.samplers.0.num_steps=9",
+            "evaluation.primary=recall/euler9/s1",
+            "arms.mixflow.mixture.shift=3",
+            "arms.matched.mixture={condition_on: m, shift: 3}",
+            "cluster.num_workers=2",
+            "data.digits.held_out=300",
+        ],
+    )
+    assert (changed.seed, changed.training.steps) == (7, 11)
+    assert changed.evaluation.samplers[0].num_steps == 9
+    assert changed.mixture_of("mixflow").shift == 3.0
+    assert changed.mixture_of("matched").shift == 3.0
+    assert changed.cluster.num_workers == 2
+    assert changed.data.digits.held_out == 300
+
+
+def test_a_value_may_hold_an_equals_sign_and_the_last_override_counts(file):
+    with pytest.raises(ValueError, match=r"data\.shards|exactly one"):
+        load(str(file), ["data.shards=dir/key=value"])
+    assert load(str(file), ["data={shards: dir/key=value}"]).data.shards == "dir/key=value"
+    assert load(str(file), ["seed=1", "seed=2"]).seed == 2
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("training.steps", "--set must be dotted.key=value, got 'training.steps'"),
+        ("=3", "--set must be dotted.key=value, got '=3'"),
+        ("training.steps=[1", "--set training.steps must have a value that is YAML, got '[1'"),
+        ("evaluation.samplers.1.num_steps=3", "'1' must be a place in a list of 1, counted from 0"),
+        ("evaluation.samplers.x.num_steps=3", "'x' must be a place in a list of 1, counted from 0"),
+        ("evaluation.samplers.-1={}", "'-1' must be a place in a list of 1, counted from 0"),
+        ("name.first=3", "name must be a section, got the value 'minimal'"),
+    ],
+)
+def test_overrides_that_are_none(file, override, words):
+    with pytest.raises(ValueError, match="--set") as raised:
+        load(str(file), [override])
+    assert words in str(raised.value)
+
+
+def test_a_key_given_twice_is_refused_at_every_depth(file):
+    for text in (MINIMAL + "name: again\n", MINIMAL.replace("{steps: 10,", "{steps: 10, steps: 20,")):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="is given twice"):
+            load(str(file))
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_a_recipe_survives_json(recipe):
+    experiment = load(recipe)
+    again = Experiment.model_validate_json(experiment.model_dump_json())
+    assert again == experiment
+    assert again.identity == experiment.identity
+    assert [stage.settings for stage in stages_of(again)] == [stage.settings for stage in stages_of(experiment)]
+
+
+def test_the_recipes_are_there():
+    assert {"quickstart", "digits32"} <= set(recipes())
+
+
+def test_identity_ignores_the_cluster_alone(file):
+    base = load(str(file)).identity
+    same = ["num_workers=4", "cpus_per_worker=2", "gpus_per_worker=1", "max_failures=0"]
+    assert {load(str(file), [f"cluster.{change}"]).identity for change in same} == {base}
+    changes = [
+        "name=other",
+        "seed=1",
+        "data.digits.held_out=598",
+        "model.depth=3",
+        "model.class_dropout_prob=0.2",
+        "path=gvp",
+        "prediction=noise",
+        "base.train.steps=21",
+        "base.train.learning_rate=2e-4",
+        "training.steps=11",
+        "training.reproducible=true",
+        "mixture.gamma=0.7",
+        "arms.third={}",
+        "replicates=4",
+        "evaluation.num_samples=100",
+        "evaluation.recall_margin=0.03",
+        "evaluation.samplers.0.guidance_scale=1.0",
+        "evaluation.sample_batch_size=100",
+    ]
+    found = {change: load(str(file), [change]).identity for change in changes}
+    assert found.pop("evaluation.samplers.0.guidance_scale=1.0") == base, "the default, written out"
+    assert base not in found.values()
+    assert len(set(found.values())) == len(found)
+
+
+def test_seeds_differ_by_use_and_number_and_not_by_arm(file):
+    experiment = load(str(file), ["replicates=5"])
+    uses = product(range(4), ("base", "training", "sampling"), range(12))
+    assert len({derived_seed(*use) for use in uses}) == 4 * 3 * 12
+    assert derived_seed(1, "training", 11) != derived_seed(11, "training", 1)
+    for k in range(5):
+        assert len({experiment.arm_run(arm, k).seed for arm in ("standard", "mixflow", "matched")}) == 1
+    seeds = [experiment.base_run().seed]
+    seeds += [experiment.arm_run("mixflow", k).seed for k in range(5)]
+    seeds += [experiment.sampling_seed(k) for k in range(5)]
+    assert len(set(seeds)) == 11
+    assert all(0 <= seed < 2**63 for seed in seeds), "torch's generators take no more"
+    assert load(str(file), ["seed=1"]).arm_run("mixflow", 0).seed not in seeds
+
+
+def test_the_base_is_trained_by_standard_flow_matching(file):
+    run = load(str(file)).base_run()
+    assert (run.mixture.gamma, run.mixture.time_law, run.mixture.condition_on) == (0, "uniform", "t")
+    assert run.training.steps == 20
+
+
+def test_each_treatment_is_judged_against_standard_and_its_own_matched_marginal(file):
+    experiment = with_arms(
+        file,
+        {
+            "none": {"train": False},
+            "slow": {"mixture": {"gamma": 0.8}},
+            "plain": {"mixture": STANDARD},
+            "fast": {"mixture": {"gamma": 0.2}},
+            "fast_matched": {"mixture": {"gamma": 0.2, "condition_on": "m"}},
+            "slow_matched": {"mixture": {"gamma": 0.8, "condition_on": "m"}},
+        },
+    )
+    assert sorted(experiment.controls_of("slow")) == ["plain", "slow_matched"]
+    assert sorted(experiment.controls_of("fast")) == ["fast_matched", "plain"]
+    for arm in experiment.arms:
+        assert arm not in experiment.controls_of(arm)
+    assert "plain" in experiment.controls_of("none")
+    assert "plain" in experiment.controls_of("slow_matched")
+
+
+@pytest.mark.parametrize(
+    ("arms", "words"),
+    [
+        ({"mixflow": {}, "matched": {"mixture": {"condition_on": "m"}}}, "arms must include standard training"),
+        ({"standard": {"mixture": STANDARD}, "mixflow": {}}, "the matched-marginal control of 'mixflow'"),
+        (
+            {
+                "standard": {"mixture": STANDARD},
+                "mixflow": {},
+                "matched": {"mixture": {"condition_on": "m", "gamma": 0.4}},
+            },
+            "the matched-marginal control of 'mixflow'",
+        ),
+        (
+            {"standard": {"mixture": STANDARD | {"time_law": "beta"}}, "none": {"train": False}},
+            "arms must include standard training",
+        ),
+    ],
+)
+def test_no_claim_without_its_controls(file, arms, words):
+    with pytest.raises(ValueError, match="arms must include") as raised:
+        with_arms(file, arms)
+    assert words in str(raised.value)
+
+
+def test_one_form_for_one_law(file):
+    """Without slowing m = t, whatever is said about the target's time and the time told."""
+    forms = [
+        {**STANDARD, "condition_on": told, "target_time": target} for told, target in product(("t", "m"), ("t", "m"))
+    ]
+    experiment = with_arms(file, {f"form{i}": {"mixture": form} for i, form in enumerate(forms)})
+    laws = {experiment.mixture_of(arm) for arm in experiment.arms}
+    assert len(laws) == 1
+    assert experiment.arm_run("form0", 1) == experiment.arm_run("form3", 1)
+    # With slowing they are different methods.
+    slowed = load("quickstart")
+    assert slowed.mixture_of("mixflow") != slowed.mixture_of("matched")
+    assert slowed.mixture_of("matched").gamma == 0.8
+
+
+def test_an_experiment_without_slowing_needs_no_matched_control(file):
+    experiment = load(str(file), ["mixture.gamma=0"])
+    assert experiment.mixture_of("mixflow") == experiment.mixture_of("matched")
+    assert experiment.controls_of("mixflow") == ["standard"]
+
+
+@pytest.mark.parametrize("name", ["<b>x", "a/b", "..", "", "a b", "-x", "é", "a\nb"])
+def test_names_of_arms_fit_paths(file, name):
+    arms = {"standard": {"mixture": STANDARD}, name: {"mixture": STANDARD}}
+    with pytest.raises(ValueError, match="arms must have names of letters") as raised:
+        with_arms(file, arms)
+    assert "\n" not in str(raised.value)
+
+
+def test_an_unknown_key_names_the_nearest_one(file):
+    for override, nearest in [
+        ("traning.steps=5", "training"),
+        ("training.stepz=5", "steps"),
+        ("mixture.gama=0.3", "gamma"),
+        ("arms.mixflow.trian=true", "train"),
+        ("arms.mixflow.mixture.gama=0.3", "gamma"),
+        ("evaluation.samplers.0.num_step=3", "num_steps"),
+        ("base.train.globl_batch_size=3", "global_batch_size"),
+        ("data.digits.imagesize=8", "image_size"),
+        ("model.dept=8", "depth"),
+    ]:
+        with pytest.raises(ValueError, match="unknown key") as raised:
+            load(str(file), [override])
+        assert str(raised.value).endswith(f"did you mean {nearest!r}?"), override
