@@ -1,0 +1,356 @@
+"""Stages: what they are identified by, what is redone, and who may run."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from orchestration import workflow
+from orchestration.experiment import load
+from orchestration.run import _forget
+from orchestration.storage import Storage, open_storage
+from orchestration.workflow import LEASE_S, Workspace, needed_for, stages_of
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    return open_storage(str(tmp_path / "workspace"))
+
+
+def workspace_of(storage: Storage, *overrides: str) -> Workspace:
+    return Workspace(load("quickstart", overrides), storage)
+
+
+def publish(workspace: Workspace, name: str, tmp_path: Path, content: str = "content") -> str:
+    """Publishes a stage with one file and answers with its identity."""
+    directory = tmp_path / f"made-{time.monotonic_ns()}"
+    directory.mkdir()
+    (directory / "file").write_text(content)
+    workspace.publish(name, directory, seconds=1.0)
+    return str(workspace.identity(name))
+
+
+def publish_all(workspace: Workspace, tmp_path: Path) -> None:
+    for name in workspace.stages:
+        publish(workspace, name, tmp_path, f"{name} {workspace.identity(name)}")
+
+
+def to_do(workspace: Workspace) -> set[str]:
+    return {name for name in workspace.stages if workspace.state(name) == "to do"}
+
+
+def of_kinds(workspace: Workspace, *kinds: str) -> set[str]:
+    return {name for name, stage in workspace.stages.items() if stage.kind in kinds}
+
+
+# ----------------------------------------------------------------------------------------------------- identity
+
+
+def test_an_order_that_respects_the_inputs():
+    seen: set[str] = set()
+    for stage in stages_of(load("quickstart")):
+        assert set(stage.inputs) <= seen, stage.name
+        assert stage.name not in seen
+        seen.add(stage.name)
+
+
+def test_what_is_needed_and_nothing_else():
+    stages = stages_of(load("quickstart"))
+    names = [stage.name for stage in stages]
+
+    def needed(target: str) -> list[str]:
+        return [stage.name for stage in needed_for(stages, lambda stage: stage.name == target)]
+
+    assert needed("data") == ["data"]
+    assert needed("arms/mixflow/1") == ["data", "base", "arms/mixflow/1"]
+    assert needed("slow-flow/base") == ["data", "base", "features", "slow-flow/base"]
+    assert needed("samples/none/2") == ["data", "base", "samples/none/2"]
+    assert needed("metrics/matched/0") == [
+        *("data", "base", "features", "arms/matched/0", "samples/matched/0", "metrics/matched/0")
+    ]
+    assert needed("report") == names
+    assert needed_for(stages, lambda stage: False) == []
+
+
+def test_no_identity_before_the_inputs_are_there(storage, tmp_path):
+    workspace = workspace_of(storage)
+    assert workspace.identity("data")
+    assert workspace.identity("base") is None
+    assert workspace.artifact("arms/mixflow/0") is None
+    publish(workspace, "data", tmp_path)
+    assert workspace.identity("base")
+    assert workspace.identity("samples/none/0") is None
+
+
+@pytest.mark.parametrize(
+    ("override", "redone"),
+    [
+        ("mixture.gamma=0.7", {"mixflow", "matched"}),
+        ("arms.mixflow.mixture.shift=2", None),  # its control must follow
+        ("evaluation.num_samples=100", {"none", "standard", "mixflow", "matched"}),
+    ],
+)
+def test_a_setting_redoes_what_follows_it_and_nothing_else(storage, tmp_path, override, redone):
+    overrides = [override] if redone else [override, "arms.matched.mixture.shift=2"]
+    publish_all(workspace_of(storage), tmp_path)
+    changed = workspace_of(storage, *overrides)
+    redone = redone or {"mixflow", "matched"}
+    # What is on top of a stage that is to do has no identity yet, so it is to do as well.
+    kinds = ["samples", "metrics"] if override.startswith("evaluation") else ["arms", "samples", "metrics", "slow-flow"]
+    expected = {name for name in of_kinds(changed, *kinds) if name.split("/")[1] in redone}
+    assert to_do(changed) == expected | {"report"}
+
+
+def test_names_cluster_and_replicates_redo_no_training(storage, tmp_path):
+    publish_all(workspace_of(storage), tmp_path)
+    assert to_do(workspace_of(storage, "cluster.num_workers=4", "cluster.max_failures=0")) == set()
+    assert to_do(workspace_of(storage, "name=another", "evaluation.recall_margin=0.1")) == {"report"}
+    more = to_do(workspace_of(storage, "replicates=4"))
+    assert more == {"report"} | {
+        f"{kind}/{arm}/3" for kind in ("samples", "metrics") for arm in ("none", "standard", "mixflow", "matched")
+    } | {f"arms/{arm}/3" for arm in ("standard", "mixflow", "matched")}
+
+
+def test_the_content_of_an_input_counts_and_not_its_history(storage, tmp_path):
+    workspace = workspace_of(storage)
+    publish(workspace, "data", tmp_path, "one")
+    first = workspace.identity("base")
+    other = workspace_of(open_storage(str(tmp_path / "other")))
+    directory = tmp_path / "slowly"
+    directory.mkdir()
+    (directory / "file").write_text("one")
+    other.publish("data", directory, seconds=99.0, num_workers=7)
+    assert other.identity("base") == first
+    workspace.forget("data")
+    publish(workspace, "data", tmp_path, "two")
+    assert workspace.identity("base") != first
+
+
+def test_arms_and_replicates_have_identities_of_their_own(storage, tmp_path):
+    workspace = workspace_of(storage)
+    publish_all(workspace, tmp_path)
+    identities = {name: workspace.path(name) for name in of_kinds(workspace, "arms", "samples", "metrics")}
+    assert len(set(identities.values())) == len(identities)
+
+
+def test_equal_arms_share_their_work(storage, tmp_path):
+    workspace = workspace_of(storage, "arms.again={}")
+    for name in ("data", "base", "arms/mixflow/0"):
+        publish(workspace, name, tmp_path)
+    assert workspace.state("arms/again/0") == "done"
+    assert workspace.state("arms/again/1") == "to do"
+
+
+# ---------------------------------------------------------------------------------------------- redone and stale
+
+
+def test_forget_redoes_a_stage_and_its_checkpoints(storage, tmp_path):
+    workspace = workspace_of(storage)
+    publish_all(workspace, tmp_path)
+    name = "arms/mixflow/1"
+    storage.put(f"{workspace.checkpoints(name)}/step-5/weights", b"half way")
+    workspace.forget(name)
+    assert workspace.state(name) == "to do"
+    assert storage.list(f"checkpoints/{name}") == []
+    assert not [path for path in storage.list("checkpoints") if path.endswith("weights")]
+    assert "arms/mixflow/0" not in to_do(workspace)
+    publish(workspace, name, tmp_path, f"{name} {workspace.identity(name)}")
+    assert to_do(workspace) == set(), "the same content leads to what is there already"
+
+
+def test_force_of_a_kind_and_of_several_stages_that_follow_each_other(storage, tmp_path):
+    publish_all(workspace_of(storage), tmp_path)
+    workspace = workspace_of(storage)
+    contents = {name: f"{name} {workspace.identity(name)}" for name in ("data", "base", *of_kinds(workspace, "arms"))}
+    _forget(workspace, ("data", "arms", "base"))
+    for name in ("data", "base"):
+        assert workspace.state(name) == "to do"
+        publish(workspace, name, tmp_path, contents[name])
+    assert to_do(workspace) >= of_kinds(workspace, "arms"), "what follows was forgotten too, not found again"
+    workspace = workspace_of(storage)
+    with pytest.raises(ValueError, match="--force must name a stage, got 'arms/mix'"):
+        _forget(workspace, ("arms/mix",))
+
+
+def test_given_data_is_never_forgotten(storage, tmp_path):
+    given = open_storage(str(tmp_path / "given"))
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made" / "file").write_text("precious")
+    given.publish(tmp_path / "made", "set")
+    workspace = workspace_of(storage, f"data={{shards: {given.uri}/set}}")
+    assert workspace.state("data") == "done"
+    workspace.forget("data")
+    assert given.exists("set/file")
+    assert workspace.state("data") == "done"
+
+
+def test_what_other_code_made_is_stale_and_kept(storage, tmp_path, monkeypatch):
+    publish(workspace_of(storage), "data", tmp_path)
+    assert workspace_of(storage).state("data") == "done"
+    monkeypatch.setattr(workflow, "code_version", lambda: "another")
+    workspace = workspace_of(storage)
+    assert workspace.state("data") == "stale"
+    assert workspace.pending([workspace.stages["data"]]) == []
+    assert workspace.identity("base"), "what is stale is still an input"
+
+
+def test_the_code_version_is_that_of_the_sources(monkeypatch, tmp_path):
+    """A copy of the tree has the same version, one changed byte another, and orchestration does not count."""
+    for folder in ("mixflow_core", "workers", "workers/models", "orchestration"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "some.py").write_text("x = 1\n")
+    monkeypatch.setattr(workflow, "__file__", str(tmp_path / "orchestration" / "workflow.py"))
+    version = workflow.code_version.__wrapped__
+    first = version()
+    (tmp_path / "orchestration" / "some.py").write_text("x = 2\n")
+    assert version() == first
+    (tmp_path / "workers" / "models" / "some.py").write_text("x = 2\n")
+    second = version()
+    assert second != first
+    (tmp_path / "mixflow_core" / "some.py").write_text("x = 2\n")
+    assert version() not in (first, second)
+
+
+def test_of_two_publishers_one_wins_and_both_go_on(storage, tmp_path):
+    one, two = workspace_of(storage), workspace_of(storage)
+    assert one.artifact("data") is None
+    assert two.artifact("data") is None
+    first = publish(one, "data", tmp_path, "the first")
+    publish(two, "data", tmp_path, "the second")
+    assert storage.read(f"data/{first}/file") == b"the first"
+    assert two.artifact("data").manifest.digest == one.artifact("data").manifest.digest
+    assert one.identity("base") == two.identity("base")
+    storage.fetch(f"data/{first}", tmp_path / "cache")  # and it is whole
+
+
+def test_racing_publishers(storage, tmp_path):
+    workspaces = [workspace_of(storage) for _ in range(6)]
+    directories = []
+    for i in range(6):
+        directories.append(tmp_path / f"racer-{i}")
+        directories[i].mkdir()
+        (directories[i] / "file").write_text("the same")
+        (directories[i] / "other").write_text("bytes")
+    gate, failures = threading.Barrier(6), []
+
+    def race(workspace: Workspace, directory: Path) -> None:
+        gate.wait()
+        try:
+            workspace.publish("data", directory, seconds=1.0)
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=race, args=pair) for pair in zip(workspaces, directories, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert len({workspace.artifact("data").manifest.digest for workspace in workspaces}) == 1
+
+
+# -------------------------------------------------------------------------------------------------------- lease
+
+
+def lease_of(workspace: Workspace) -> str:
+    return f"{workspace.home}/lease.json"
+
+
+def hold(workspace: Workspace, **changes: object) -> None:
+    holder = {"host": socket.gethostname(), "pid": 1, "time": time.time(), **changes}
+    workspace.storage.put(lease_of(workspace), json.dumps(holder).encode())
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+def test_a_lease_lasts_as_long_as_its_block(storage):
+    workspace = workspace_of(storage)
+    with workspace.lease():
+        holder = json.loads(storage.read(lease_of(workspace)))
+        assert (holder["host"], holder["pid"]) == (socket.gethostname(), os.getpid())
+        assert abs(time.time() - holder["time"]) < LEASE_S
+    assert not storage.exists(lease_of(workspace))
+    with pytest.raises(RuntimeError, match="inside"), workspace.lease():
+        raise RuntimeError("inside")
+    assert not storage.exists(lease_of(workspace))
+
+
+def test_a_living_runner_keeps_others_away(storage):
+    workspace = workspace_of(storage)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        hold(workspace, pid=process.pid)
+        before = storage.read(lease_of(workspace))
+        with pytest.raises(ValueError, match="must have one runner") as raised, workspace.lease():
+            pass
+        assert str(process.pid) in str(raised.value)
+        assert socket.gethostname() in str(raised.value)
+        assert "\n" not in str(raised.value)
+        assert storage.read(lease_of(workspace)) == before, "a refused runner leaves the lease alone"
+        process.communicate(b"\n")
+    with workspace.lease():  # its process is gone now
+        assert json.loads(storage.read(lease_of(workspace)))["pid"] == os.getpid()
+
+
+def test_another_experiment_has_another_lease(storage):
+    workspace = workspace_of(storage)
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        hold(workspace, pid=process.pid)
+        with workspace_of(storage, "seed=1").lease():
+            assert storage.exists(lease_of(workspace))
+        process.communicate(b"\n")
+
+
+def test_a_dead_runner_is_taken_over(storage):
+    workspace = workspace_of(storage)
+    hold(workspace, pid=dead_pid())
+    with workspace.lease():
+        assert json.loads(storage.read(lease_of(workspace)))["pid"] == os.getpid()
+
+
+def test_another_host_is_believed_for_the_time_of_a_lease(storage):
+    workspace = workspace_of(storage)
+    # Containers number their processes alike: the same number elsewhere is somebody else.
+    for pid in (1, os.getpid(), dead_pid()):
+        hold(workspace, host="elsewhere", pid=pid)
+        with pytest.raises(ValueError, match=f"process {pid} on elsewhere is at it"), workspace.lease():
+            pass
+    hold(workspace, host="elsewhere", time=time.time() - LEASE_S - 1)
+    with workspace.lease():
+        assert json.loads(storage.read(lease_of(workspace)))["host"] == socket.gethostname()
+
+
+def test_a_container_that_was_started_again_takes_its_own_lease_over(storage):
+    workspace = workspace_of(storage)
+    hold(workspace, pid=os.getpid())
+    with workspace.lease():
+        pass
+    assert not storage.exists(lease_of(workspace))
+
+
+def test_a_lease_is_renewed_even_after_a_failure(storage, monkeypatch):
+    monkeypatch.setattr(workflow, "LEASE_S", 0.2)
+    workspace = workspace_of(storage)
+    put, renewed, attempts = storage.put, threading.Event(), []
+
+    def unreliable(path: str, data: bytes) -> None:
+        attempts.append(path)
+        if len(attempts) == 1:
+            raise OSError("PUT s3://bucket/lease.json: SlowDown")
+        put(path, data)
+        renewed.set()
+
+    monkeypatch.setattr(storage, "put", unreliable)
+    with workspace.lease():
+        first = json.loads(storage.read(lease_of(workspace)))["time"]
+        assert renewed.wait(60)
+        assert json.loads(storage.read(lease_of(workspace)))["time"] > first
