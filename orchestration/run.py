@@ -61,8 +61,13 @@ def check_inputs(workspace: Workspace) -> None:
         ValueError: data or a checkpoint that cannot be used; CorruptError: an artifact that was altered.
     """
     experiment, cache = workspace.experiment, cache_directory()
-    if experiment.data.shards and workspace.artifact("data") is None:
-        raise ValueError(f"data.shards must be a directory with a manifest.json, got {experiment.data.shards!r}")
+    if experiment.data.shards:
+        with _readable("data.shards", experiment.data.shards):
+            if workspace.artifact("data") is None:
+                raise ValueError(
+                    f"data.shards must be a directory with a manifest.json, got {experiment.data.shards!r}; "
+                    "publish it, or correct the URI"
+                )
     artifact = workspace.artifact("data")
     if artifact:
         directory = artifact.fetch(cache)
