@@ -8,6 +8,7 @@ import json
 import platform
 from collections.abc import Callable, Mapping
 from importlib import metadata, resources
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,7 @@ def write_report(workspace: Workspace, summary: Mapping[str, Any], directory: Pa
     page = environment.from_string(template).render(
         experiment=experiment,
         summary=summary,
-        colours=dict(zip(experiment.arms, COLOURS, strict=False)),
+        colours=dict(zip(experiment.arms, cycle(COLOURS), strict=False)),
         better={metric: "lower" if low else "higher" for metric, low in LOWER_IS_BETTER.items()},
         metrics=METRICS,
         titles=TITLES,
@@ -99,7 +100,7 @@ def _metric_curves(experiment: Experiment, summary: Mapping[str, Any]) -> bytes:
     def draw(figure: Any) -> None:
         axes = figure.subplots(1, len(METRICS))
         for axis, metric in zip(axes, METRICS, strict=True):
-            for colour, (name, arm) in zip(COLOURS, summary["arms"].items(), strict=False):
+            for colour, (name, arm) in zip(cycle(COLOURS), summary["arms"].items(), strict=False):
                 for method, cells in lines.items():
                     cells = sorted(cells, key=lambda cell: nfe[cell])
                     x = [nfe[cell] for cell in cells]
@@ -117,7 +118,8 @@ def _metric_curves(experiment: Experiment, summary: Mapping[str, Any]) -> bytes:
             axis.set_xlabel("network evaluations", fontsize=8)
             axis.tick_params(labelsize=8)
             axis.grid(alpha=0.25)
-        figure.legend(loc="outside lower center", ncols=4, fontsize=7)
+        if lines:
+            figure.legend(loc="outside lower center", ncols=4, fontsize=7)
 
     return _png(draw, (17, 4.4))
 
