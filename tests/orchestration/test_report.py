@@ -1,0 +1,155 @@
+"""The report: one file that needs no other, in which everything is said and nothing said by others is executed."""
+
+import base64
+import io
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from test_results import ARM_LEVELS, CELLS, PRIMARY, Fabricated
+
+from orchestration.report import text_table, write_report
+from orchestration.results import format_interval, summarise
+from workers.evaluate import METRICS
+
+HOSTILE = "<b onclick=alert(1)>&\"'"
+
+
+class Page(HTMLParser):
+    """Tags with their attributes, and the text between them, as a browser reads them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.source = text
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+
+def write(made: Fabricated, directory: Path) -> tuple[Page, dict[str, Any]]:
+    directory.mkdir()
+    summary = summarise(made.workspace)
+    write_report(made.workspace, summary, directory)
+    return Page((directory / "report.html").read_text()), summary
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, dict[str, Any], Path, Fabricated]:
+    directory = tmp_path_factory.mktemp("report")
+    made = Fabricated(directory / HOSTILE)  # the workspace's path is shown in the report
+    page, summary = write(made, directory / "out")
+    return page, summary, directory / "out", made
+
+
+def test_the_page_needs_no_other_file(written):
+    page, *_ = written
+    fetched = [
+        value
+        for tag, attributes in page.tags
+        for name, value in attributes.items()
+        if name in ("src", "href", "srcset", "data", "poster", "action", "background")
+    ]
+    assert len(fetched) == 2 + len(CELLS) * len(ARM_LEVELS)
+    assert all(str(value).startswith("data:image/png;base64,") for value in fetched)
+    assert {"script", "link", "iframe", "object", "embed", "base"}.isdisjoint(tag for tag, _ in page.tags)
+    assert not re.search(r"url\(|@import", page.source)
+
+
+def test_the_figures_are_pictures_and_the_grids_are_those_of_the_samples(written):
+    page, _, directory, _ = written
+    images = [str(attributes["src"]).partition(",")[2] for tag, attributes in page.tags if tag == "img"]
+    contents = [base64.b64decode(image, validate=True) for image in images]
+    for content, name in zip(contents[:2], ("metrics.png", "slow_flow.png"), strict=True):
+        assert content == (directory / name).read_bytes()
+        assert min(Image.open(io.BytesIO(content)).size) > 300
+    assert contents[2:] == [f"png of {arm} 0 {cell}".encode() for cell in CELLS for arm in ARM_LEVELS]
+
+
+def test_everything_is_said(written):
+    page, summary, _, made = written
+    for arm, found in summary["arms"].items():
+        assert arm in page.text
+        assert ("span", {"class": f"verdict {found['verdict']['verdict']}"}) in page.tags
+        for reason in found["verdict"]["reasons"]:
+            assert reason in page.text
+        for cell in CELLS:
+            for metric in METRICS:
+                assert format_interval(found["metrics"][cell][metric]) in page.text
+                for control in made.experiment.controls_of(arm):
+                    difference = found["differences"][control][cell][metric]
+                    assert format_interval(difference, signed=True) in page.text
+    for cell, nfe in (("euler20/s1", 20), ("heun4/s1.5", 16)):
+        assert f"{cell} NFE {nfe}" in page.text
+    assert summary["rule"] in page.text
+    assert PRIMARY in page.text
+    assert made.experiment.identity in page.text
+    for key, value in summary["protocol"].items():
+        if key not in ("samplers", "nfe"):
+            assert f"{key} {value}" in page.text
+
+
+def test_the_cost_is_the_sum_of_what_was_recorded(written):
+    """Four replicates of 1.5 seconds each: three arms are trained, four are sampled."""
+    page, *_ = written
+    assert "arms 12 18.0 2" in page.text
+    assert "samples 16 24.0 2" in page.text
+    assert "base 1 1.5 2" in page.text
+
+
+def test_hostile_names_are_text(written):
+    page, _, _, made = written
+    assert made.workspace.storage.uri in page.text
+    assert HOSTILE in page.text
+    assert not any("onclick" in attributes for _, attributes in page.tags)
+    assert "&lt;b onclick" in page.source
+
+
+def test_results_json_is_the_summary(written):
+    _, summary, directory, _ = written
+    assert json.loads((directory / "results.json").read_text()) == json.loads(json.dumps(summary))
+    assert sorted(path.name for path in directory.iterdir()) == [
+        *("metrics.png", "report.html", "results.json", "slow_flow.png")
+    ]
+
+
+def test_a_table_for_the_terminal(written):
+    _, summary, *_ = written
+    lines = text_table(summary).splitlines()
+    assert lines[0].split() == ["arm", "fd_digits", "at", "euler20/s1,", "mean", "[95", "%]", "verdict"]
+    found = {line.split()[0]: line for line in lines[1:] if not line.startswith(" ")}
+    assert list(found) == list(ARM_LEVELS)
+    for arm, line in found.items():
+        assert format_interval(summary["arms"][arm]["metrics"]["euler20/s1"]["fd_digits"]) in line
+        assert line.endswith(summary["arms"][arm]["verdict"]["verdict"])
+    assert sum(line.strip().startswith(("better than", "worse than", "not told")) for line in lines) == sum(
+        len(arm["verdict"]["reasons"]) for arm in summary["arms"].values()
+    )
+    assert not any(line != line.rstrip() for line in lines)
+
+
+@pytest.mark.filterwarnings("error")
+def test_more_arms_than_colours_and_guided_cells_alone(tmp_path):
+    extra = [f"arms.extra{i}={{train: false}}" for i in range(6)]
+    page, _ = write(Fabricated(tmp_path / "made", *extra), tmp_path / "out")
+    coloured = [attributes["style"] for tag, attributes in page.tags if tag == "b" and "style" in attributes]
+    assert len(coloured) == (1 + len(METRICS)) * 10
+    assert "extra5" in page.text
+
+    only = ["evaluation.samplers=[{method: heun, num_steps: 4, guidance_scale: 1.5}]"]
+    only += ["evaluation.primary=fd_digits/heun4/s1.5"]
+    page, _ = write(Fabricated(tmp_path / "guided", *only), tmp_path / "out2")
+    assert "Verdicts on the primary cell, fd_digits/heun4/s1.5" in page.text
