@@ -219,8 +219,9 @@ class Sampler:
 
     @property
     def name(self) -> str:
-        """`<method><steps>/s<scale>`, as in metric keys: euler8/s1.5."""
-        return f"{self.method}{self.num_steps}/s{self.guidance_scale:g}"
+        """`<method><steps>/s<scale>`, as in metric keys: euler8/s1.5, or euler8-shift3/s1 on a shifted grid."""
+        shift = "" if self.shift == 1 else f"-shift{self.shift:g}"
+        return f"{self.method}{self.num_steps}{shift}/s{self.guidance_scale:g}"
 
     def run(self, field: Field, x: Tensor, interpolant: Interpolant, noise: Noise) -> Tensor:
         """The samples at t = 1 from noise x (B, ...); `noise` is asked by `sde` only."""

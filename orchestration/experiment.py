@@ -16,7 +16,6 @@ import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from mixflow_core.interpolant import PathName
-from mixflow_core.loss import Prediction, Weighting
 from mixflow_core.mixture import SlowedMixture
 from mixflow_core.samplers import Sampler
 from workers.config import Frozen, RunConfig, Training
@@ -142,7 +141,7 @@ class Experiment(Frozen):
     Attributes:
         name: also the name of the MLflow experiment.
         seed: of everything; replicates derive theirs from it.
-        model, path, prediction, weighting: of the base, and so of every arm.
+        model, path: of the base, and so of every arm.
         training: of every arm.
         mixture: the slowed interpolation mixture under test.
         arms: name -> arm; each slowed arm needs its controls beside it: standard training and its matched marginal.
@@ -154,8 +153,6 @@ class Experiment(Frozen):
     data: Data
     model: SiTConfig
     path: PathName = "linear"
-    prediction: Prediction = "velocity"
-    weighting: Weighting = "none"
     base: Base
     training: Training
     mixture: SlowedMixture
@@ -257,8 +254,6 @@ class Experiment(Frozen):
         return RunConfig(
             model=self.model,
             path=self.path,
-            prediction=self.prediction,
-            weighting=self.weighting,
             mixture=mixture,
             training=training,
             seed=seed,

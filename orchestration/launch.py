@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
 import time
@@ -17,12 +16,15 @@ from orchestration.storage import open_storage
 from orchestration.tracking import Metric, Tracker
 from orchestration.workflow import Stage, Workspace
 
-log = logging.getLogger(__name__)
 TRACKED_KINDS = ("base", "arms")
 
 
 class RunFailedError(Exception):
     """The run failed for a reason that running the same again would not change, or after all restarts."""
+
+
+class ControllerDiedError(RunFailedError):
+    """Ray Train's controller died. What it held stays taken until the driver leaves the cluster."""
 
 
 class Reporter:
@@ -104,13 +106,13 @@ def start_reporter(workspace: Workspace, tracking_uri: str) -> tuple[Any, str]:
     return handle, options["name"]
 
 
-def launch(workspace: Workspace, stages: list[Stage], reporter_name: str) -> None:
+def launch(workspace: Workspace, stages: list[Stage], reporter_name: str, max_failures: int) -> None:
     """Runs stages on a group of Ray Train workers.
 
-    Ray restarts the group when a worker or a node dies; when its controller dies the restart is made here. Each restart
-    goes on where the workspace stands, and no more than cluster.max_failures are made.
+    Ray restarts the group when a worker or a node dies, and each restart goes on where the workspace stands.
 
     Raises:
+        ControllerDiedError: Ray Train's controller died, and with it the run.
         RunFailedError: the loss was not finite, or the restarts were used up.
     """
     import ray
@@ -125,36 +127,30 @@ def launch(workspace: Workspace, stages: list[Stage], reporter_name: str) -> Non
         "reporter": reporter_name,
     }
     gpu = cluster.gpus_per_worker > 0
-    for attempt in range(cluster.max_failures + 1):
-        trainer = TorchTrainer(
-            worker_entry,  # type: ignore[arg-type]  # its annotation forbids the return value that Result carries
-            train_loop_config=config,
-            torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=cluster.num_workers,
-                use_gpu=gpu,
-                resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
-            ),
-            run_config=ray.train.RunConfig(
-                # Never the same name twice: Ray would take up its own record of the run, ours is the workspace.
-                name=f"{workspace.experiment.name}-{uuid.uuid4().hex[:8]}",
-                storage_path=f"{workspace.storage.uri}/ray",
-                failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures - attempt),
-            ),
-        )
-        try:
-            result: Any = trainer.fit()
-        except ray.exceptions.ActorDiedError as error:
-            log.warning(
-                "Ray Train's controller died (%s); start %d of %d", error, attempt + 2, cluster.max_failures + 1
-            )
-            continue
-        except ray.train.TrainingFailedError as error:
-            raise RunFailedError(_cause(error)) from error
-        if result.return_value and "error" in result.return_value:
-            raise RunFailedError(result.return_value["error"])
-        return
-    raise RunFailedError("Ray Train's controller died again and again; see the cluster's logs")
+    trainer = TorchTrainer(
+        worker_entry,  # type: ignore[arg-type]  # its annotation forbids the return value that Result carries
+        train_loop_config=config,
+        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=cluster.num_workers,
+            use_gpu=gpu,
+            resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
+        ),
+        run_config=ray.train.RunConfig(
+            # Never the same name twice: Ray would take up its own record of the run, ours is the workspace.
+            name=f"{workspace.experiment.name}-{uuid.uuid4().hex[:8]}",
+            storage_path=f"{workspace.storage.uri}/ray",
+            failure_config=ray.train.FailureConfig(max_failures=max_failures),
+        ),
+    )
+    try:
+        result: Any = trainer.fit()
+    except ray.exceptions.ActorDiedError as error:
+        raise ControllerDiedError("Ray Train's controller died; see the cluster's logs") from error
+    except ray.train.TrainingFailedError as error:
+        raise RunFailedError(_cause(error)) from error
+    if result.return_value and "error" in result.return_value:
+        raise RunFailedError(result.return_value["error"])
 
 
 def worker_entry(config: dict[str, Any]) -> dict[str, Any]:

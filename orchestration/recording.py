@@ -119,7 +119,7 @@ class Recorder:
             self.tell("end_run", name, status)
 
     def end_badly(self, status: str) -> None:
-        """Ends every run after a failure, as far as the cluster answers: the failure itself is what the user must see."""
+        """Ends every run after a failure, as far as the cluster answers: the failure is what the user must see."""
         try:
             self.end(status)
             self.tell("drain", 5.0)

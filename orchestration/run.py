@@ -15,7 +15,7 @@ from typing import Any
 
 from orchestration import cluster, results, tracking
 from orchestration.experiment import Experiment
-from orchestration.launch import Reporter, RunFailedError, cache_directory, launch, start_reporter
+from orchestration.launch import ControllerDiedError, Reporter, RunFailedError, cache_directory, launch, start_reporter
 from orchestration.progress import Progress
 from orchestration.recording import Recorder
 from orchestration.report import slow_flow_plot, text_table, write_report
@@ -159,17 +159,26 @@ def run_experiment(
             progress.say(f"warning: {line}")
         _driver_stages(workspace, stages, progress)
         pending = [stage for stage in workspace.pending(stages) if not stage.on_driver]
-        reporter, name = _open_reporter(workspace, place, bool(pending), cleanup, progress)
-        recorder = Recorder(workspace, stages, reporter, is_actor=bool(pending))
-        recorder.start()
-        try:
-            if pending:
-                with progress.following(recorder.progress):
-                    launch(workspace, pending, name)
-            outcome = _finish(workspace, stages, states, recorder, progress)
-        except BaseException as error:
-            recorder.end_badly("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
-            raise
+        restarts = experiment.cluster.max_failures
+        while True:
+            reporter, name = _open_reporter(workspace, place, bool(pending), cleanup, progress)
+            recorder = Recorder(workspace, stages, reporter, is_actor=bool(pending))
+            try:
+                recorder.start()
+                if pending:
+                    with progress.following(recorder.progress):
+                        launch(workspace, pending, name, restarts)
+                outcome = _finish(workspace, stages, states, recorder, progress)
+                break
+            except ControllerDiedError as error:
+                if restarts == 0:
+                    raise
+                restarts -= 1
+                progress.say(f"warning: {error}; starting again, going on from there")
+                _leave_cluster()
+            except BaseException as error:
+                recorder.end_badly("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                raise
         outcome["tracking"] = _delivered(recorder, place, progress)
         return outcome
 
@@ -214,6 +223,13 @@ def _driver_stages(workspace: Workspace, stages: list[Stage], progress: Progress
         progress.show({"stage": "base", "done": 1, "total": 1, "metrics": {}})
 
 
+def _leave_cluster() -> None:
+    """Ends this driver's part in the cluster, and everything that Ray keeps for it."""
+    import ray
+
+    ray.shutdown()
+
+
 def _open_reporter(
     workspace: Workspace, place: Place, with_workers: bool, cleanup: ExitStack, progress: Progress
 ) -> tuple[Any, str]:
@@ -222,11 +238,9 @@ def _open_reporter(
         reporter = Reporter(place.storage.uri, place.tracking_uri, workspace.experiment.name, workspace.home)
         cleanup.callback(reporter.tracker.close)
         return reporter, ""
-    import ray
-
     progress.say("starting Ray" if not os.environ.get("RAY_ADDRESS") else f"joining {os.environ['RAY_ADDRESS']}")
     cluster.connect(s3_environment(os.environ))
-    cleanup.callback(ray.shutdown)
+    cleanup.callback(_leave_cluster)
     cluster.check_resources(workspace.experiment.cluster)
     cluster.check_shared(place.storage)
     return start_reporter(workspace, place.tracking_uri)
