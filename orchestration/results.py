@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mixflow_core.metrics import Interval, paired_interval, student_interval
+from mixflow_core.metrics import paired_interval, student_interval
 from orchestration.workflow import Workspace
 from workers.evaluate import METRICS
 
@@ -61,7 +61,7 @@ def judge(arm: str, controls: list[str], values: Mapping[str, Values], primary: 
         fall = _mean(values[control]["recall"][cell]) - _mean(values[arm]["recall"][cell])
         if fall > recall_margin:
             recall_falls.append(control)
-        reasons.append(f"{word} {control}: {d.mean:+.4f} [{d.low:+.4f}, {d.high:+.4f}], recall {-fall:+.3f}")
+        reasons.append(f"{word} {control}: {format_interval(asdict(d), signed=True)}, recall {-fall:+.3f}")
     if loses:
         return Verdict("reject", tuple(reasons))
     if controls and beats == len(controls):
@@ -118,11 +118,12 @@ def protocol(workspace: Workspace) -> dict[str, Any]:
     }
 
 
-def format_interval(interval: Mapping[str, Any] | Interval, *, signed: bool = False) -> str:
-    """`mean [low, high]` in four digits."""
-    i = interval if isinstance(interval, Mapping) else asdict(interval)
-    form = "+.4f" if signed else ".4f"
-    return f"{i['mean']:{form}} [{i['low']:{form}}, {i['high']:{form}}]"
+def format_interval(interval: Mapping[str, Any], *, signed: bool = False) -> str:
+    """`mean [low, high]` with the decimals that its size asks for."""
+    size = abs(interval["mean"])
+    decimals = 2 if size >= 10 else 3 if size >= 1 else 4
+    mean, low, high = (f"{interval[key]:{'+' if signed else ''}.{decimals}f}" for key in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
 
 
 def _each(values: Values, make: Any) -> dict[str, dict[str, Any]]:
