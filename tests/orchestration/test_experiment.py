@@ -239,7 +239,7 @@ def test_an_experiment_without_slowing_needs_no_matched_control(file):
     assert experiment.controls_of("mixflow") == ["standard"]
 
 
-@pytest.mark.parametrize("name", ["<b>x", "a/b", "..", "", "a b", "-x", "é", "a\nb"])
+@pytest.mark.parametrize("name", ["<b>x", "a/b", "..", "", "a b", "-x", "é", "a\nb", "a\n"])
 def test_names_of_arms_fit_paths(file, name):
     arms = {"standard": {"mixture": STANDARD}, name: {"mixture": STANDARD}}
     with pytest.raises(ValueError, match="arms must have names of letters") as raised:
