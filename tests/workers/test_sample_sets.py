@@ -105,6 +105,24 @@ def test_arms_share_their_starting_noise():
     assert abs(many.var().item() - 1) < 4 * (2 / 32000) ** 0.5
 
 
+def test_the_sde_takes_each_images_own_noise():
+    """By hand for a field of zero, whose drift on the linear path is -x: x (1 - h) + sqrt(2 (1 - t) h) z."""
+
+    class Still(nn.Module):
+        def forward(self, x, t, y):
+            return torch.zeros_like(x)
+
+    run, what = run_config(), SampleSet(Sampler("sde", 4), num_samples=6, batch_size=3, seed=8)
+    found = sample_batch(Still(), run, what, 1, CPU).pixels
+    for place, index in enumerate(range(3, 6)):
+        x, numbers, h = start_noise(run, 8, range(index, index + 1))[0], generator(8, "sde_noise", index), 0.96 / 3
+        for step in range(3):
+            z = torch.randn(1, 8, 8, generator=numbers)
+            x = x * (1 - h) + (2 * (1 - step * h) * h) ** 0.5 * z
+        expected = to_pixels(x * (1 - 0.04))
+        assert (found[place].int() - expected.int()).abs().max() <= 1
+
+
 def test_labels_are_as_many_of_each_class():
     run, what = run_config(), SampleSet(Sampler("euler", 1), num_samples=37, batch_size=8, seed=0)
     model = SiT(run.model).initialise(0)
