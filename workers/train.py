@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -354,6 +355,8 @@ def _ranks_not_finite(io: RunIO, local_loss: Tensor) -> list[int]:
 
 def _set_precision(precision: str) -> None:
     """Deterministic kernels always: a resumed run must repeat the uninterrupted one."""
+    # cuBLAS is deterministic only with a workspace of fixed size, and reads this when CUDA starts.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
     torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
