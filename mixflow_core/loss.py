@@ -39,21 +39,21 @@ def per_sample_loss(
     if weighting != "none" and prediction not in ("noise", "score"):
         raise ValueError(f"weighting must be 'none' for {prediction} prediction, got {weighting!r}")
     out = model(pair.x_m, pair.t)
-    sigma = interpolant.coefficients(pair.target_time).sigma
     if prediction == "velocity":
-        residual = out - pair.target
-    elif prediction == "noise":
-        residual = out - pair.x0
-    elif prediction == "score":
-        residual = broadcast(sigma, out) * out + pair.x0
-    else:
-        residual = out - pair.x1
-    loss = residual.square().flatten(1).mean(1)
+        return _mean_square(out - pair.target)
+    if prediction == "data":
+        return _mean_square(out - pair.x1)
+    sigma = interpolant.coefficients(pair.target_time).sigma
+    loss = _mean_square(out - pair.x0 if prediction == "noise" else broadcast(sigma, out) * out + pair.x0)
     if weighting == "velocity":
         return loss * (interpolant.drift_variance(pair.target_time) / sigma) ** 2
     if weighting == "likelihood":
         return loss * interpolant.drift_variance(pair.target_time) / sigma**2
     return loss
+
+
+def _mean_square(residual: Tensor) -> Tensor:
+    return residual.square().flatten(1).mean(1)
 
 
 def velocity_field(model: Model, interpolant: Interpolant, prediction: Prediction) -> Model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from functools import lru_cache
 from typing import Literal
 
 import torch
@@ -31,8 +32,7 @@ def generator(seed: int, stream: Stream, position: int) -> torch.Generator:
     """
     if not 0 <= position < _POSITIONS:
         raise ValueError(f"position must lie in [0, 2**32), got {position}")
-    digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
-    before, after = int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
+    before, after = _stream_key(seed, stream)
     key = _scramble(position ^ before) ^ after
     return torch.Generator().manual_seed(key)
 
@@ -40,6 +40,12 @@ def generator(seed: int, stream: Stream, position: int) -> torch.Generator:
 def shard_position(step: int, shard: int, num_shards: int) -> int:
     """Position of a logical shard of a training step."""
     return step * num_shards + shard
+
+
+@lru_cache(maxsize=64)
+def _stream_key(seed: int, stream: Stream) -> tuple[int, int]:
+    digest = hashlib.sha256(f"{seed}/{stream}".encode()).digest()
+    return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little")
 
 
 def _scramble(word: int) -> int:

@@ -36,12 +36,12 @@ class ImageSet(NamedTuple):
 
     def x1(self, rows: np.ndarray | slice) -> Tensor:
         """What a model sees: pixels mapped to [-1, 1], latents as they are; float32."""
-        values = torch.from_numpy(np.array(self.images[rows]))
+        values = torch.from_numpy(np.require(self.images[rows], requirements="W"))
         return values.float() / 127.5 - 1 if values.dtype == torch.uint8 else values.float()
 
     def y(self, rows: np.ndarray | slice) -> Tensor:
         """Labels (B,)."""
-        return torch.from_numpy(np.array(self.labels[rows]))
+        return torch.from_numpy(np.require(self.labels[rows], requirements="W"))
 
 
 def to_pixels(x: Tensor) -> Tensor:
@@ -197,6 +197,9 @@ def _epoch_order(seed: int, epoch: int, num_images: int) -> np.ndarray:
 
 def batch_rows(seed: int, start: int, count: int, num_images: int) -> np.ndarray:
     """Rows start .. start + count - 1 of the endless sequence of epochs, each a seeded permutation of all images."""
+    first, last = start // num_images, (start + count - 1) // num_images
+    if first == last:  # nearly always, and the loop should not wait for it
+        return _epoch_order(seed, first, num_images)[start % num_images :][:count]
     positions = np.arange(start, start + count)
     epochs, places = positions // num_images, positions % num_images
     return np.concatenate(

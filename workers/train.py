@@ -96,7 +96,9 @@ def post_train(
     window_loss, window_start = torch.zeros((), dtype=torch.float64, device=device), time.perf_counter()
     for batches in _prefetch(lambda k: _passes(run, data, k, shards, device), step, training.steps):
         loss = gradients.compute(batches, interpolant)
-        norm = nn.utils.clip_grad_norm_(parameters.values(), training.grad_clip or float("inf"), foreach=True)
+        norm = nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None], foreach=True)
+        if training.grad_clip:
+            nn.utils.clip_grads_with_norm_(parameters.values(), training.grad_clip, norm, foreach=True)
         # The reduced loss and the norm of the reduced gradient are the same on all ranks, so all of them stop here.
         if not torch.isfinite(loss + norm).item():
             if io.rank == 0:
