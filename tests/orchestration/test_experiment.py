@@ -133,7 +133,6 @@ def test_identity_ignores_the_cluster_alone(file):
         "model.depth=3",
         "model.class_dropout_prob=0.2",
         "path=gvp",
-        "prediction=noise",
         "base.train.steps=21",
         "base.train.learning_rate=2e-4",
         "training.steps=11",

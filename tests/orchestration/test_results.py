@@ -44,7 +44,7 @@ def test_the_reason_states_scipys_interval():
     interval = stats.ttest_rel(arm, control).confidence_interval(0.95)
     (reason,) = verdict(values(arm, recall=[0.5, 0.4, 0.5, 0.4]), values(control)).reasons
     mean = (arm - control).mean()
-    assert f"{mean:+.4f} [{interval.low:+.4f}, {interval.high:+.4f}], recall -0.050" in reason
+    assert f"{mean:+.3f} [{interval.low:+.3f}, {interval.high:+.3f}], recall -0.050" in reason
 
 
 def test_inconclusive_when_one_control_is_not_told_apart():
@@ -114,10 +114,21 @@ def test_equal_values_are_not_told_apart():
     assert verdict(values([1.0] * 4), values([1.0] * 4)).verdict == "inconclusive"
 
 
-def test_an_interval_in_four_digits():
-    interval = {"mean": 1.23456, "low": -0.5, "high": 10.0}
-    assert format_interval(interval) == "1.2346 [-0.5000, 10.0000]"
-    assert format_interval(interval, signed=True) == "+1.2346 [-0.5000, +10.0000]"
+@pytest.mark.parametrize(
+    ("mean", "text"),
+    [
+        (0.12346, "0.1235 [-0.5000, 10.0000]"),
+        (1.23456, "1.235 [-0.500, 10.000]"),
+        (-1.23456, "-1.235 [-0.500, 10.000]"),
+        (12.3456, "12.35 [-0.50, 10.00]"),
+    ],
+)
+def test_an_interval_has_the_decimals_of_its_size(mean, text):
+    assert format_interval({"mean": mean, "low": -0.5, "high": 10.0}) == text
+
+
+def test_a_difference_has_its_sign():
+    assert format_interval({"mean": 1.23456, "low": -0.5, "high": 10.0}, signed=True) == "+1.235 [-0.500, +10.000]"
 
 
 # ---------------------------------------------------------------------------------------- a fabricated workspace
