@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +24,9 @@ STAGE_VERBS: dict[str, tuple[str, tuple[str, ...] | None]] = {
     "sample": ("samples of every arm, with what they need", ("samples",)),
     "evaluate": ("metrics of every arm, with what they need", ("metrics",)),
 }
+
+
+VERBS = (*STAGE_VERBS, "plan", "report", "replay", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,6 +79,11 @@ class _Parser(argparse.ArgumentParser):
     """argparse with this project's one-line errors and nearest names."""
 
     def error(self, message: str) -> NoReturn:
+        verb = re.search(r"invalid choice: '([^']*)'", message)
+        if verb:
+            close = difflib.get_close_matches(verb[1], VERBS, n=1, cutoff=0.5)
+            nearest = f"; did you mean {close[0]!r}?" if close else ";"
+            message = f"unknown verb {verb[1]!r}{nearest} known are {', '.join(VERBS)}"
         print(f"error: {self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
         sys.exit(WRONG_INPUT)
 

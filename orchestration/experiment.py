@@ -300,6 +300,8 @@ def load(name: str, overrides: Sequence[str] = ()) -> Experiment:
     raw = _read(name)
     for override in overrides:
         _apply(raw, override)
+    for section, key in (("data", "shards"), ("base", "checkpoint")):
+        _make_absolute(raw.get(section), key)
     try:
         # Through JSON: in its strict mode arrays may become tuples and objects dataclasses, and nothing else is bent.
         return Experiment.model_validate_json(json.dumps(raw))
@@ -307,6 +309,13 @@ def load(name: str, overrides: Sequence[str] = ()) -> Experiment:
         raise ValueError(f"{name}: {_one_line(error)}") from error
     except TypeError as error:
         raise ValueError(f"{name}: values must be plain YAML numbers, strings, lists or maps; {error}") from error
+
+
+def _make_absolute(section: Any, key: str) -> None:
+    """A local path means the driver's directory, also where a worker reads it."""
+    value = section.get(key) if isinstance(section, dict) else None
+    if isinstance(value, str) and value and "://" not in value and not value.startswith("file:"):
+        section[key] = str(Path(value).expanduser().absolute())
 
 
 def _read(name: str) -> dict[str, Any]:

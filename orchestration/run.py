@@ -24,6 +24,8 @@ from orchestration.workflow import Stage, Workspace, needed_for
 from workers import data as images
 from workers.manifest import measure
 
+LEAST_HELD_OUT = 100  # a covariance of 64 features needs more images than features
+
 
 @dataclass
 class Place:
@@ -72,7 +74,7 @@ def check_inputs(workspace: Workspace) -> None:
     if artifact:
         directory = artifact.fetch(cache)
         for split in images.SPLITS:
-            _check_split(experiment, *images.read_shards(directory, split))
+            _check_split(experiment, split, *images.read_shards(directory, split))
     if experiment.base.checkpoint and workspace.artifact("base") is None:
         with _given_checkpoint(experiment):
             pass  # readable, of the right hash and architecture
@@ -82,7 +84,7 @@ def check_inputs(workspace: Workspace) -> None:
             artifact.fetch(cache)
 
 
-def _check_split(experiment: Experiment, split: images.ImageSet, num_classes: int) -> None:
+def _check_split(experiment: Experiment, name: images.Split, split: images.ImageSet, num_classes: int) -> None:
     model, shape = experiment.model, split.images.shape[1:]
     if shape != (model.in_channels, model.input_size, model.input_size):
         raise ValueError(
@@ -91,6 +93,15 @@ def _check_split(experiment: Experiment, split: images.ImageSet, num_classes: in
         )
     if num_classes != model.num_classes:
         raise ValueError(f"model.num_classes must be the data's {num_classes}, got {model.num_classes}")
+    if split.images.dtype != "uint8":
+        raise ValueError(f"data must be uint8 pixels, got {split.images.dtype} in {name}; the metrics read pixels")
+    absent = sorted(set(range(num_classes)) - set(split.labels.tolist()))
+    if name == "train" and absent:
+        raise ValueError(f"data must hold training images of every class, got none of class {absent[0]}; add some")
+    if name == "held_out" and len(split.labels) < LEAST_HELD_OUT:
+        raise ValueError(
+            f"data must hold out at least {LEAST_HELD_OUT} images to compare with, got {len(split.labels)}; add some"
+        )
 
 
 @contextmanager
@@ -110,7 +121,7 @@ def _given_checkpoint(experiment: Experiment) -> Any:
     uri, sha256 = experiment.base.checkpoint or "", experiment.base.sha256
     folder, _, name = uri.rpartition("/")
     with tempfile.TemporaryDirectory(prefix="mixflow-base-") as scratch:
-        storage = open_storage(folder or ".")
+        storage = open_storage(folder or ("/" if uri.startswith("/") else "."))
         path = Path(storage.uri) / name if storage.is_local else Path(scratch) / name
         if not storage.is_local:
             with _readable("base.checkpoint", uri):
@@ -146,11 +157,13 @@ def run_experiment(
             f"--resume needs an earlier run of {experiment.name} with these settings in {place.storage.uri}"
         )
     stages = needed_for(list(workspace.stages.values()), targets)
-    _forget(workspace, force)
+    forced = _forced(workspace, force)
     check_inputs(workspace)
     if not all(stage.on_driver for stage in workspace.pending(stages)):
         cluster.check_local_machine(experiment.cluster)
     with workspace.lease(), ExitStack() as cleanup:
+        for name in forced:
+            workspace.forget(name)
         place.storage.put(record, experiment.model_dump_json(indent=1).encode())
         states = {stage.name: workspace.state(stage.name) for stage in stages}
         progress = Progress([s.name for s in stages], sum(state != "to do" for state in states.values()))
@@ -183,17 +196,18 @@ def run_experiment(
         return outcome
 
 
-def _forget(workspace: Workspace, force: tuple[str, ...]) -> None:
-    found: set[str] = set()
-    for name in force:
-        named = [stage for stage in workspace.stages if stage == name or stage.startswith(f"{name}/")]
-        if not named:
-            raise ValueError(f"--force must name a stage, got {name!r}; stages are {', '.join(workspace.stages)}")
-        found.update(named)
-    # The last first: a stage whose input is gone has no identity by which its result could be found.
-    for stage in reversed(workspace.stages):
-        if stage in found:
-            workspace.forget(stage)
+def _forced(workspace: Workspace, names: tuple[str, ...]) -> list[str]:
+    """The stages that --force names, by name or kind; the last first, since a stage is found by its inputs."""
+    found: list[str] = []
+    for name in names:
+        stages = [stage for stage in workspace.stages if stage == name or stage.startswith(f"{name}/")]
+        if not stages:
+            kinds = ", ".join(dict.fromkeys(stage.kind for stage in workspace.stages.values()))
+            raise ValueError(
+                f"--force must name a stage or a kind of stages ({kinds}), got {name!r}; plan lists them all"
+            )
+        found += stages
+    return [stage for stage in reversed(workspace.stages) if stage in found]
 
 
 def _stale(states: Mapping[str, str]) -> list[str]:

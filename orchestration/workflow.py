@@ -241,14 +241,19 @@ class Workspace:
             ValueError: another process is running it.
         """
         path, stop = f"{self.home}/lease.json", threading.Event()
-        if not self.storage.put_new(path, _lease()):
-            holder = json.loads(self.storage.read(path))
+        while not self.storage.put_new(path, _lease()):
+            try:
+                holder = json.loads(self.storage.read(path))
+            except FileNotFoundError:  # given back just now
+                continue
             if _is_alive(holder):
                 raise ValueError(
                     f"experiment {self.experiment.name} must have one runner, but process {holder['pid']} on "
                     f"{holder['host']} is at it; wait for it or stop it"
                 )
-            self.storage.put(path, _lease())
+            # Of two that find a dead holder, the second to delete may take the first one's lease away; the conditional
+            # puts of the results keep even that harmless.
+            self.storage.delete(path)
 
         def refresh() -> None:
             while not stop.wait(LEASE_S / 4):

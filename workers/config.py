@@ -15,7 +15,7 @@ from workers.models.sit import SiTConfig
 class Frozen(BaseModel):
     """A configuration section: immutable, and an unknown key or a value of another type is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
 class Training(Frozen):

@@ -155,7 +155,8 @@ def test_an_unknown_recipe_names_the_nearest(refused, verb):
 def test_an_unknown_verb_and_a_missing_experiment(refused):
     line = refused("frobnicate", "quickstart")
     assert "'frobnicate'" in line
-    assert "'run'" in line
+    assert "known are run, train" in line
+    assert "unknown verb 'trian'; did you mean 'train'?" in refused("trian", "quickstart")
     assert "EXPERIMENT" in refused("run")
     assert "--frob" in refused("run", "quickstart", "--frob")
 
@@ -215,7 +216,8 @@ def test_resume_needs_something_to_resume(refused, verb):
 
 def test_force_needs_a_stage(refused):
     line = refused("run", "quickstart", "--force", "arm")
-    assert "--force must name a stage, got 'arm'; stages are data, base, " in line
+    assert "--force must name a stage or a kind of stages (data, base, " in line
+    assert line.endswith("got 'arm'; plan lists them all")
 
 
 def test_a_report_needs_finished_stages(refused):
@@ -391,12 +393,12 @@ class Data:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         numbers = np.random.default_rng(0)
-        self.images = numbers.integers(0, 256, (60, 1, 8, 8), dtype=np.uint8)
-        self.labels = np.arange(60, dtype=np.int64) % 10
+        self.images = numbers.integers(0, 256, (140, 1, 8, 8), dtype=np.uint8)
+        self.labels = np.arange(140, dtype=np.int64) % 10
         self.num_classes = 10
 
     def write(self) -> Path:
-        train, held_out = (ImageSet(self.images[part], self.labels[part]) for part in (slice(0, 40), slice(40, 60)))
+        train, held_out = (ImageSet(self.images[part], self.labels[part]) for part in (slice(0, 40), slice(40, 140)))
         write_shards({"train": train, "held_out": held_out}, self.directory, num_classes=self.num_classes)
         return self.directory
 
@@ -416,6 +418,25 @@ def test_data_that_is_right_is_planned(data, recipe, capsys):
     assert main(["plan", recipe(data={"shards": data.publish()}), "--json"]) == 0
     states = {stage["name"]: stage["state"] for stage in json.loads(capsys.readouterr().out)["stages"]}
     assert (states["data"], states["base"]) == ("done", "to do")
+
+
+def test_data_that_cannot_be_compared_with(refused, recipe, data):
+    data.labels[:40] = 3
+    assert "data must hold training images of every class, got none of class 0" in refused(
+        "plan", recipe(data={"shards": data.publish()})
+    )
+
+
+def test_too_few_held_out_images(refused, recipe, data):
+    data.images, data.labels = data.images[:139], data.labels[:139]
+    assert "data must hold out at least 100 images to compare with, got 99" in refused(
+        "plan", recipe(data={"shards": data.publish()})
+    )
+
+
+def test_latents_cannot_be_evaluated_as_pixels(refused, recipe, data):
+    data.images = data.images.astype(np.float32)
+    assert "data must be uint8 pixels, got float32 in train" in refused("plan", recipe(data={"shards": data.publish()}))
 
 
 @pytest.mark.parametrize("verb", ["plan", "run"])

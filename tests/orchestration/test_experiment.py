@@ -80,7 +80,7 @@ def test_overrides_reach_sections_lists_and_keys_that_were_not_there(file):
 def test_a_value_may_hold_an_equals_sign_and_the_last_override_counts(file):
     with pytest.raises(ValueError, match=r"data\.shards|exactly one"):
         load(str(file), ["data.shards=dir/key=value"])
-    assert load(str(file), ["data={shards: dir/key=value}"]).data.shards == "dir/key=value"
+    assert load(str(file), ["data={shards: /dir/key=value}"]).data.shards == "/dir/key=value"
     assert load(str(file), ["seed=1", "seed=2"]).seed == 2
 
 

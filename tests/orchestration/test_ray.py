@@ -33,7 +33,7 @@ def test_the_answer_names_everything(finished: tuple[Path, dict]) -> None:
 
 
 def test_mlflow_holds_every_run_and_every_metric_once(finished: tuple[Path, dict]) -> None:
-    workspace, answer = finished
+    answer = finished[1]
     client = MlflowClient(answer["tracking"]["uri"])
     experiment = client.get_experiment_by_name("quickstart")
     runs = {run.info.run_name: run for run in client.search_runs([experiment.experiment_id])}

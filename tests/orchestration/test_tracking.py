@@ -1,5 +1,4 @@
 """The tracker against MLflow itself: what was handed over is compared with what MlflowClient reads back."""
-# ruff: noqa: F401, F811 - fixtures are imported, and then named as arguments
 
 import base64
 import json

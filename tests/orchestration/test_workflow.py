@@ -13,7 +13,7 @@ import pytest
 
 from orchestration import workflow
 from orchestration.experiment import load
-from orchestration.run import _forget
+from orchestration.run import _forced
 from orchestration.storage import Storage, open_storage
 from orchestration.workflow import LEASE_S, Workspace, needed_for, stages_of
 
@@ -168,14 +168,15 @@ def test_force_of_a_kind_and_of_several_stages_that_follow_each_other(storage, t
     publish_all(workspace_of(storage), tmp_path)
     workspace = workspace_of(storage)
     contents = {name: f"{name} {workspace.identity(name)}" for name in ("data", "base", *of_kinds(workspace, "arms"))}
-    _forget(workspace, ("data", "arms", "base"))
+    for name in _forced(workspace, ("data", "arms", "base")):
+        workspace.forget(name)
     for name in ("data", "base"):
         assert workspace.state(name) == "to do"
         publish(workspace, name, tmp_path, contents[name])
     assert to_do(workspace) >= of_kinds(workspace, "arms"), "what follows was forgotten too, not found again"
     workspace = workspace_of(storage)
-    with pytest.raises(ValueError, match="--force must name a stage, got 'arms/mix'"):
-        _forget(workspace, ("arms/mix",))
+    with pytest.raises(ValueError, match=r"--force must name a stage or a kind of stages .*, got 'arms/mix'"):
+        _forced(workspace, ("arms/mix",))
 
 
 def test_given_data_is_never_forgotten(storage, tmp_path):

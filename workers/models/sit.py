@@ -57,6 +57,8 @@ class SiTConfig:
             raise ValueError(
                 f"hidden_size must be a multiple of 4 and of num_heads {self.num_heads}, got {self.hidden_size}"
             )
+        if not 1 / self.hidden_size <= self.mlp_ratio < 1000:
+            raise ValueError(f"mlp_ratio must leave the MLP a width, got {self.mlp_ratio}; 4 is the published ratio")
         if not 0 <= self.class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob must lie in [0, 1), got {self.class_dropout_prob}")
 
