@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from workers.manifest import CorruptError, Manifest
+from workers.manifest import CorruptError, Manifest, canonical_hash
 
 log = logging.getLogger(__name__)
 
@@ -67,6 +67,8 @@ class TrainState:
 class Files(Protocol):
     """The part of object storage that checkpoints need; `orchestration.storage.Storage` is one."""
 
+    uri: str
+
     def list(self, prefix: str) -> list[str]:
         """Paths of all objects under a directory, sorted."""
 
@@ -98,6 +100,7 @@ class CheckpointStore:
 
     def __init__(self, files: Files, path: str, *, keep: int, about: Mapping[str, Any]) -> None:
         self.files, self.path, self.keep, self.about = files, path, keep, about
+        self._scratch = f"mixflow-checkpoint-{canonical_hash([files.uri, path])[:16]}-"
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -116,6 +119,8 @@ class CheckpointStore:
 
         Every one that is torn or altered is set aside and named in the log.
         """
+        for left in Path(tempfile.gettempdir()).glob(f"{self._scratch}*"):  # by a writer that was killed
+            shutil.rmtree(left, ignore_errors=True)
         for name in reversed(self.names()):
             path = f"{self.path}/{name}"
             if "set-aside.json" in {p.rsplit("/", 1)[1] for p in self.files.list(path)}:
@@ -152,7 +157,7 @@ class CheckpointStore:
             raise error
 
     def _write(self, state: TrainState, score: float) -> None:
-        scratch = Path(tempfile.mkdtemp(prefix="mixflow-checkpoint-"))
+        scratch = Path(tempfile.mkdtemp(prefix=self._scratch))
         try:
             state.write(scratch, self.about)
             # A directory of its own for each attempt: a torn one is never completed by another's files.

@@ -476,11 +476,11 @@ def other_classes(data: Data) -> None:
 
 
 def other_shape(data: Data) -> None:
-    data.images = np.zeros((60, 1, 16, 16), np.uint8)
+    data.images = np.zeros((140, 1, 16, 16), np.uint8)
 
 
 def other_channels(data: Data) -> None:
-    data.images = np.zeros((60, 3, 8, 8), np.uint8)
+    data.images = np.zeros((140, 3, 8, 8), np.uint8)
 
 
 def not_a_number(data: Data) -> None:
