@@ -98,10 +98,6 @@ class Storage(abc.ABC):
     def _verified(self, path: str, manifest: Manifest, into: Path) -> Path:
         """A local directory with the files of `manifest`, all of them verified."""
 
-    def child(self, path: str) -> Storage:
-        """The tree below `path` of the same storage."""
-        return open_storage(_join(self.uri, _clean(path)))
-
     def publish(self, directory: Path, path: str, meta: Mapping[str, Any] | None = None) -> Manifest:
         """Copies the files of a local directory to `path`, content first, the manifest last as the commit point.
 

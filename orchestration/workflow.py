@@ -26,9 +26,6 @@ from orchestration.storage import Storage, open_storage
 from workers.manifest import Manifest, canonical_hash
 
 log = logging.getLogger(__name__)
-
-log = logging.getLogger(__name__)
-KINDS = ("data", "base", "features", "arms", "slow-flow", "samples", "metrics", "report")
 LEASE_S = 60.0
 
 
@@ -50,7 +47,7 @@ class Stage:
 
     @property
     def kind(self) -> str:
-        """What it does, one of KINDS, in this order but for slow-flow/base, which comes before the arms."""
+        """What it does: data, base, features, slow-flow, arms, samples, metrics or report."""
         return self.name.split("/")[0]
 
 

@@ -138,7 +138,6 @@ def test_list_is_sorted_and_keeps_to_the_directory(storage: Storage, raw: Raw) -
     assert storage.list("run") == ["run/a.txt", "run/a/z", "run/b"]
     assert storage.list("") == ["run/a.txt", "run/a/z", "run/b", "run2/x", "top"]
     assert storage.list("nothing") == storage.list("top") == []
-    assert storage.child("run").list("") == ["a.txt", "a/z", "b"]
 
 
 def test_list_goes_beyond_one_page_of_s3(moto_s3: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +194,6 @@ def test_paths_outside_are_refused(path: str, tmp_path: Path) -> None:
         lambda: storage.read(path),
         lambda: storage.list(path),
         lambda: storage.delete(path),
-        lambda: storage.child(path),
         lambda: storage.fetch(path, tmp_path),
     ]
     for call in calls:
@@ -581,8 +579,6 @@ def test_uris_name_storages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert open_storage("file:///a%20b").uri == "/a b"
     for uri in ("s3://bucket/a/b", "s3://bucket/a/b/"):
         assert (open_storage(uri).uri, open_storage(uri).is_local) == ("s3://bucket/a/b", False)
-    assert open_storage("s3://bucket").child("a").child("b/c").uri == "s3://bucket/a/b/c"
-    assert open_storage("./dir").child("a").uri == f"{tmp_path}/dir/a"
 
 
 @pytest.mark.parametrize(
