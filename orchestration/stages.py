@@ -157,7 +157,7 @@ def _features(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict
 def _slow_flow(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[str, Any]:
     """One model's Slow Flow, on rank 0: a second of work."""
     if site.rank == 0:
-        data, run = _data(site, inputs)["train"], _sampling_run(site, stage)
+        data, run = _data(site, inputs)["train"], site.workspace.experiment.sampling_run()
         probe = NoiseLevelProbe(run.model.in_channels)
         probe.load_state_dict(load_file(inputs["features"].fetch(site.cache) / "probe.safetensors"))
         measured = measure_slow_flow(
@@ -175,7 +175,7 @@ def _slow_flow(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dic
 
 def _samples(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[str, Any]:
     """Every cell's images: logical batches shared out over the workers, put together in their order."""
-    run, settings = _sampling_run(site, stage), stage.settings
+    run, settings = site.workspace.experiment.sampling_run(), stage.settings
     model, nfe = _model(site, inputs, run), {}
     cells = [Sampler(**sampler) for sampler in settings["samplers"]]
     for done, sampler in enumerate(cells):
@@ -244,10 +244,6 @@ def _data(site: Site, inputs: Inputs) -> dict[Split, ImageSet]:
 
 def _weights(site: Site, artifact: Artifact) -> dict[str, torch.Tensor]:
     return load_file(artifact.fetch(site.cache) / "weights.safetensors")
-
-
-def _sampling_run(site: Site, stage: Stage) -> RunConfig:
-    return site.workspace.experiment.sampling_run()
 
 
 def _model(site: Site, inputs: Inputs, run: RunConfig) -> SiT:
