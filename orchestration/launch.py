@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import time
@@ -38,6 +39,11 @@ class Reporter:
         self.tracker = Tracker(open_storage(workspace), tracking_uri, experiment, f"tracking/{home.split('/')[-1]}")
         self.latest: dict[str, Any] = {}
         self.starts = 0
+        self.warnings: list[str] = []
+
+    def warn(self, text: str) -> None:
+        """A warning of a worker, for the user to see."""
+        self.warnings.append(text)
 
     def started(self) -> None:
         """A worker group begins, for the first time or again."""
@@ -50,8 +56,8 @@ class Reporter:
             self.tracker.log(self.key(stage), [Metric(k, done, v, timestamp_ms) for k, v in metrics.items()])
 
     def progress(self) -> dict[str, Any]:
-        """What was told last, and how often a worker group began."""
-        return {**self.latest, "starts": self.starts}
+        """What was told last, how often a worker group began, and all warnings."""
+        return {**self.latest, "starts": self.starts, "warnings": self.warnings}
 
     def key(self, stage: str) -> str:
         """Key of a stage's run; "" is the experiment's own."""
@@ -182,12 +188,25 @@ def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
     )
     if site.rank == 0:
         reporter.started.remote()
+        for package in ("workers", "orchestration"):
+            logging.getLogger(package).addHandler(_Forward(reporter))
     try:
         run_stages(site, [workspace.stages[name] for name in config["stages"]])
     except NonFiniteLossError as error:
         # Raised on all ranks together, and again on every restart: returned, so that Ray makes none.
         return {"error": str(error)}
     return {}
+
+
+class _Forward(logging.Handler):
+    """Hands a worker's warnings (a checkpoint set aside, for instance) to the Reporter, since nobody reads its log."""
+
+    def __init__(self, reporter: Any) -> None:
+        super().__init__(logging.WARNING)
+        self.reporter = reporter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.reporter.warn.remote(" ".join(record.getMessage().split()))
 
 
 def cache_directory() -> Path:

@@ -24,7 +24,7 @@ class Progress:
 
     def __init__(self, stages: list[str], done: int) -> None:
         self.stages, self.start, self.last_line = stages, time.monotonic(), 0.0
-        self.shown, self.starts = "", 0
+        self.shown, self.starts, self.warnings = "", 0, 0
         self.is_terminal = sys.stderr.isatty()
         self.bar = tqdm(
             total=len(stages),
@@ -49,6 +49,9 @@ class Progress:
                 f"warning: the workers failed and were started again ({latest['starts'] - 1}); going on from there"
             )
         self.starts = max(self.starts, latest.get("starts", 0))
+        for text in latest.get("warnings", [])[self.warnings :]:
+            self.say(f"warning: {text}")
+        self.warnings = len(latest.get("warnings", []))
         stage = latest.get("stage")
         if stage not in self.stages:
             return
@@ -84,6 +87,7 @@ class Progress:
         finally:
             stop.set()
             thread.join(timeout=5)
+            self.show(latest() or {})
 
     def close(self) -> None:
         """Leaves the terminal as it was."""

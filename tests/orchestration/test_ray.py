@@ -71,6 +71,18 @@ def test_a_second_run_reuses_everything_and_a_change_only_what_precedes_it(finis
     assert states["arms/mixflow/0"] == states["arms/matched/1"] == states["metrics/mixflow/0"] == "to do"
 
 
+def _alter_a_checkpoint(workspace: Path) -> str:
+    """Turns one byte of the newest checkpoint of an arm; returns what names it."""
+    newest = max(
+        workspace.glob("checkpoints/arms-*/step-*/manifest.json"), key=lambda path: path.stat().st_mtime
+    ).parent
+    weights = newest / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    return f"{newest} is set aside: "
+
+
 @pytest.mark.parametrize("victim", ["worker", "controller", "driver", "raylet", "reporter"])
 def test_kill_9_changes_nothing(victim: str, finished: tuple[Path, dict], tmp_path: Path) -> None:
     workspace = tmp_path / "ws"
@@ -83,10 +95,14 @@ def test_kill_9_changes_nothing(victim: str, finished: tuple[Path, dict], tmp_pa
     victims = [run.process] if victim == "driver" else run.find(titles[victim])
     assert victims, [p.cmdline()[:1] for p in run.process.children(recursive=True)]
     victims[0].kill()
+    altered = ""
     if run.wait() != 0:
         run.kill_all()
+        if victim == "driver":
+            altered = _alter_a_checkpoint(workspace)
         run = Run(command, tmp_path / "again", environment)
     answer = run.answer()
+    assert altered in run.said()
     assert answer["tracking"]["pending"] == 0
     assert results_of(workspace) == results_of(finished[0])
 
