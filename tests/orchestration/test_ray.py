@@ -72,10 +72,11 @@ def test_a_second_run_reuses_everything_and_a_change_only_what_precedes_it(finis
 
 
 def _alter_a_checkpoint(workspace: Path) -> str:
-    """Turns one byte of the newest checkpoint of an arm; returns what names it."""
-    newest = max(
-        workspace.glob("checkpoints/arms-*/step-*/manifest.json"), key=lambda path: path.stat().st_mtime
-    ).parent
+    """Turns one byte of the newest checkpoint of the arm that was interrupted; returns what names it."""
+    manifests = workspace.glob("checkpoints/arms-*/step-*/manifest.json")
+    newest = max(manifests, key=lambda path: path.stat().st_mtime).parent
+    if (workspace / newest.parent.name.replace("-", "/", 1) / "manifest.json").exists():
+        return ""  # that arm was finished just before the kill: nobody reads its checkpoints any more
     weights = newest / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
