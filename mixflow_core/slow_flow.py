@@ -56,14 +56,20 @@ class Quantiles:
 
 
 class NoiseLevelProbe(nn.Module):
-    """Regresses the time t from x_t alone, (B, C, H, W) -> (B,): two convolutions, pooled first and second moments."""
+    """Regresses the time t from x_t alone, (B, C, H, W) -> (B,): two convolutions, pooled first and second moments.
 
-    def __init__(self, in_channels: int, width: int = 32) -> None:
+    Args:
+        in_channels: C.
+        stride: of both convolutions; 2 makes sides above 8 cheap, where there are places enough to pool over.
+        width: channels of the convolutions.
+    """
+
+    def __init__(self, in_channels: int, *, stride: int = 1, width: int = 32) -> None:
         super().__init__()
         self.features = nn.Sequential(
-            nn.Conv2d(in_channels, width, 3, padding=1),
+            nn.Conv2d(in_channels, width, 3, stride=stride, padding=1),
             nn.SiLU(),
-            nn.Conv2d(width, width, 3, padding=1),
+            nn.Conv2d(width, width, 3, stride=stride, padding=1),
             nn.SiLU(),
         )
         self.head = nn.Sequential(nn.Linear(2 * width, width), nn.SiLU(), nn.Linear(width, 1))

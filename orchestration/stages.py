@@ -21,7 +21,6 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from mixflow_core.samplers import Sampler
-from mixflow_core.slow_flow import NoiseLevelProbe
 from orchestration.storage import Storage
 from orchestration.workflow import Artifact, Stage, Workspace
 from workers.checkpoint import CheckpointStore
@@ -31,7 +30,7 @@ from workers.evaluate import DigitFeatures, reference_of, score, train_features
 from workers.io import LocalIO
 from workers.models.sit import SiT
 from workers.sample import SampleSet, grid_png, sample_batch
-from workers.slow_flow import measure_slow_flow, train_probe
+from workers.slow_flow import measure_slow_flow, new_probe, train_probe
 from workers.train import post_train
 
 log = logging.getLogger(__name__)
@@ -158,7 +157,7 @@ def _slow_flow(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dic
     """One model's Slow Flow, on rank 0: a second of work."""
     if site.rank == 0:
         data, run = _data(site, inputs)["train"], site.workspace.experiment.sampling_run()
-        probe = NoiseLevelProbe(run.model.in_channels)
+        probe = new_probe(run.model.in_channels, run.model.input_size)
         probe.load_state_dict(load_file(inputs["features"].fetch(site.cache) / "probe.safetensors"))
         measured = measure_slow_flow(
             _model(site, inputs, run),

@@ -22,8 +22,8 @@ class DigitFeatures(nn.Module):
 
     def __init__(self, in_channels: int, image_size: int, num_classes: int) -> None:
         super().__init__()
-        # Larger images are brought down by strides, so that the features see the whole image at every size.
-        strides = [1, 1, *([2] * max(0, (image_size // 8).bit_length() - 1))]
+        # Larger images are brought down to 8 x 8 first, so that every size costs about the same.
+        strides = [*([2] * max(0, (image_size // 8).bit_length() - 1)), 1, 1]
         widths = [in_channels, 32, *([64] * (len(strides) - 1))]
         convolutions = [
             nn.Conv2d(a, b, 3, stride=s, padding=1) for a, b, s in zip(widths, widths[1:], strides, strict=False)

@@ -21,9 +21,14 @@ SDE_STEPS = 8
 PROBE_STEPS = 600
 
 
+def new_probe(in_channels: int, image_size: int) -> NoiseLevelProbe:
+    """The probe for images (C, H, H), untrained."""
+    return NoiseLevelProbe(in_channels, stride=2 if image_size > 8 else 1)
+
+
 def train_probe(path: PathName, data: ImageSet) -> NoiseLevelProbe:
     """Trains the probe on true interpolations of the training images, always the same way."""
-    interpolant, probe = Interpolant(path), NoiseLevelProbe(data.images.shape[1])
+    interpolant, probe = Interpolant(path), new_probe(*data.images.shape[1:3])
     numbers = generator(0, "eval", 1)
     for parameter in probe.parameters():
         if parameter.ndim > 1:
