@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import uuid
 from typing import Any
 
@@ -17,6 +18,24 @@ def inside_job() -> bool:
     return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
 
 
+def check_address() -> None:
+    """Refuses a RAY_ADDRESS at which nothing listens: Ray itself would try for minutes.
+
+    Raises:
+        ValueError: nothing answers, or the address has no port.
+    """
+    address = os.environ.get("RAY_ADDRESS", "")
+    if not address or address in ("auto", "local"):
+        return
+    host, _, port = address.rpartition("://")[2].partition("/")[0].rpartition(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=5).close()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"RAY_ADDRESS must be host:port of a running cluster, got {address!r} ({error}); unset it to start one here"
+        ) from error
+
+
 def connect(environment: dict[str, str]) -> None:
     """Joins the cluster of RAY_ADDRESS, or starts one on this machine for the time of this process.
 
@@ -24,6 +43,7 @@ def connect(environment: dict[str, str]) -> None:
         environment: variables that every worker process needs; no secrets, they are shown by Ray.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    check_address()
     # Ray would print every worker's output twice.
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     # The driver looks at a finished group every two seconds by default.
@@ -56,6 +76,7 @@ def check_local_machine(cluster: Cluster) -> None:
         ValueError: too few CPUs or GPUs.
     """
     if os.environ.get("RAY_ADDRESS"):
+        check_address()
         return
     import torch
 
@@ -77,17 +98,14 @@ def check_resources(cluster: Cluster) -> None:
     """
     import ray
 
-    there = ray.cluster_resources()
-    wanted = {
-        "CPU": cluster.num_workers * cluster.cpus_per_worker,
-        "GPU": cluster.num_workers * cluster.gpus_per_worker,
-    }
-    for kind, amount in wanted.items():
-        if amount > there.get(kind, 0):
-            raise ValueError(
-                f"cluster.num_workers {cluster.num_workers} must fit the cluster: {amount:g} {kind}s are asked for, "
-                f"{there.get(kind, 0):g} are there; lower cluster.num_workers or cluster.{kind.lower()}s_per_worker"
-            )
+    wanted = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(min(int(node.get(k, 0) // each) for k, each in wanted.items() if each) for node in nodes)
+    if room < cluster.num_workers:
+        raise ValueError(
+            f"cluster.num_workers must fit the cluster, whose nodes have room for {room} workers of "
+            f"{cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker} GPUs, got {cluster.num_workers}; lower it"
+        )
 
 
 def check_shared(storage: Storage) -> None:

@@ -15,7 +15,6 @@ from typing import Any, Literal, Self
 import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from mixflow_core.interpolant import PathName
 from mixflow_core.mixture import SlowedMixture
 from mixflow_core.samplers import Sampler
 from workers.config import Frozen, RunConfig, Training
@@ -152,12 +151,12 @@ class Experiment(Frozen):
     seed: int = Field(default=0, ge=0)
     data: Data
     model: SiTConfig
-    path: PathName = "linear"
+    path: Literal["linear", "gvp"] = "linear"  # VP has no velocity at t = 1, which the time laws reach
     base: Base
     training: Training
     mixture: SlowedMixture
     arms: Mapping[str, Arm]
-    replicates: int = Field(default=3, ge=2)
+    replicates: int = Field(default=3, ge=2, le=1000)
     evaluation: Evaluation
     cluster: Cluster = Cluster()
 

@@ -31,12 +31,12 @@ def make_plan(experiment: Experiment, place: Place) -> dict[str, Any]:
     states = {name: workspace.state(name) for name in workspace.stages}
     size = model_size(experiment)
     to_do = {name for name, state in states.items() if state == "to do"}
-    steps = sum(workspace.stages[n].settings["run"]["training"]["steps"] for n in to_do if _is_training(workspace, n))
-    batch = experiment.training.global_batch_size
+    to_train = [workspace.stages[n].settings["run"]["training"] for n in to_do if _is_training(workspace, n)]
+    images = sum(training["steps"] * training["global_batch_size"] for training in to_train)
     evaluations = sum(_evaluations(experiment) for name in to_do if name.startswith("samples/"))
     training = experiment.training
     kept = (training.keep_checkpoints + 1) * 4 + 1  # model, EMA and two moments a checkpoint; the final EMA once
-    runs = sum(_is_training(workspace, name) for name in to_do)
+    sampled = sum(name.startswith("samples/") for name in to_do)
     return {
         "experiment": experiment.model_dump(mode="json"),
         "identity": experiment.identity,
@@ -45,11 +45,11 @@ def make_plan(experiment: Experiment, place: Place) -> dict[str, Any]:
         "warnings": place.warnings,
         "stages": [{"name": name, "state": state} for name, state in states.items()],
         "parameters": size["parameters"],
-        "training_steps": steps,
-        "training_flops": 6.0 * size["multiplications"] * batch * steps,
+        "training_steps": sum(training["steps"] for training in to_train),
+        "training_flops": 6.0 * size["multiplications"] * images,
         "sampling_flops": 2.0 * size["multiplications"] * evaluations,
         "memory_gib_per_worker": _memory(experiment, size) / GIB,
-        "storage_gib": (4 * size["parameters"] * kept * runs + _sample_bytes(experiment) * len(to_do)) / GIB,
+        "storage_gib": (4 * size["parameters"] * kept * len(to_train) + _sample_bytes(experiment) * sampled) / GIB,
     }
 
 
@@ -90,9 +90,13 @@ def model_size(experiment: Experiment) -> dict[str, int]:
     config = experiment.model
     tokens = (config.input_size // config.patch_size) ** 2
     parameters = sum(p.numel() for p in model.parameters())
-    per_token = sum(p.numel() for name, p in model.named_parameters() if p.ndim > 1 and "embedder" not in name)
+    matrices = {n: p.numel() for n, p in model.named_parameters() if p.ndim > 1}
+    del matrices["pos_embed"], matrices["y_embedder.embedding_table.weight"]  # looked up, not multiplied
+    # What makes the condition runs once an image, the rest once a token.
+    once = sum(count for name, count in matrices.items() if "adaLN" in name or name.startswith("t_embedder"))
     attention = 2 * tokens * tokens * config.hidden_size * config.depth
-    return {"parameters": parameters, "multiplications": per_token * tokens + attention, "tokens": tokens}
+    multiplications = once + (sum(matrices.values()) - once) * tokens + attention
+    return {"parameters": parameters, "multiplications": multiplications, "tokens": tokens}
 
 
 def _memory(experiment: Experiment, size: Mapping[str, int]) -> float:

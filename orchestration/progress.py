@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 LINE_EVERY_S = 5.0
+SILENCE_S = 10.0
 
 
 class Progress:
@@ -23,7 +24,7 @@ class Progress:
     """
 
     def __init__(self, stages: list[str], done: int) -> None:
-        self.stages, self.start, self.last_line = stages, time.monotonic(), 0.0
+        self.stages, self.start, self.last_line = stages, time.monotonic(), time.monotonic()
         self.shown, self.starts, self.warnings = "", 0, 0
         self.is_terminal = sys.stderr.isatty()
         self.bar = tqdm(
@@ -35,8 +36,19 @@ class Progress:
             disable=not self.is_terminal,
         )
 
+        self.done = threading.Event()
+        if not self.is_terminal:
+            threading.Thread(target=self._keep_talking, daemon=True, name="heartbeat").start()
+
+    def _keep_talking(self) -> None:
+        """A log that stands still for long looks dead."""
+        while not self.done.wait(1.0):
+            if time.monotonic() - self.last_line > SILENCE_S:
+                self.say(f"still at work: {self.shown or 'starting'}")
+
     def say(self, text: str) -> None:
         """A line that stays."""
+        self.last_line = time.monotonic()
         if self.is_terminal:
             self.bar.write(text, file=sys.stderr)
         else:
@@ -91,4 +103,5 @@ class Progress:
 
     def close(self) -> None:
         """Leaves the terminal as it was."""
+        self.done.set()
         self.bar.close()

@@ -67,8 +67,7 @@ class Recorder:
         for stage in self.trained:
             artifact = self.workspace.result(stage.name)
             if "history.jsonl" in artifact.manifest.files:
-                content = self.workspace.storage.read(f"{artifact.path}/history.jsonl")
-                rows = [json.loads(line) for line in content.splitlines()]
+                rows = [json.loads(line) for line in artifact.read("history.jsonl").splitlines()]
                 metrics = [Metric(k, row["step"], v, now) for row in rows for k, v in row.items() if k != "step"]
                 self.tell("log", stage.name, metrics)
             meta = artifact.manifest.meta

@@ -15,8 +15,7 @@ from typing import Any
 import jinja2
 
 from orchestration.experiment import Experiment
-from orchestration.results import LOWER_IS_BETTER, format_interval
-from orchestration.storage import Storage
+from orchestration.results import cell_file, format_interval
 from orchestration.workflow import Workspace, code_version
 from workers.evaluate import METRICS
 
@@ -50,13 +49,12 @@ def write_report(workspace: Workspace, summary: Mapping[str, Any], directory: Pa
         experiment=experiment,
         summary=summary,
         colours=dict(zip(experiment.arms, cycle(COLOURS), strict=False)),
-        better={metric: "lower" if low else "higher" for metric, low in LOWER_IS_BETTER.items()},
         metrics=METRICS,
         titles=TITLES,
         cells=[s.name for s in experiment.evaluation.samplers],
         controls={arm: experiment.controls_of(arm) for arm in experiment.arms},
         figures={name: _data_uri(content) for name, content in figures.items()},
-        grids=_grids(workspace, storage),
+        grids=_grids(workspace),
         cost=_cost(workspace),
         versions={name: metadata.version(name) for name in VERSIONS} | {"python": platform.python_version()},
         code=code_version(),
@@ -168,18 +166,18 @@ def _slow_flow_results(workspace: Workspace) -> dict[str, Any]:
     for name, stage in workspace.stages.items():
         artifact = workspace.artifact(name) if stage.kind == "slow-flow" else None
         if artifact:
-            found[name.split("/")[1]] = json.loads(workspace.storage.read(f"{artifact.path}/slow_flow.json"))
+            found[name.split("/")[1]] = json.loads(artifact.read("slow_flow.json"))
     return found
 
 
-def _grids(workspace: Workspace, storage: Storage) -> list[dict[str, Any]]:
+def _grids(workspace: Workspace) -> list[dict[str, Any]]:
     """For each cell, the first hundred images of every arm at the same noise (replicate 0)."""
     found = []
     for sampler in workspace.experiment.evaluation.samplers:
         images = {}
         for arm in workspace.experiment.arms:
             artifact = workspace.result(f"samples/{arm}/0")
-            images[arm] = _data_uri(storage.read(f"{artifact.path}/{sampler.name.replace('/', '-')}.png"))
+            images[arm] = _data_uri(artifact.read(f"{cell_file(sampler.name)}.png"))
         found.append({"cell": sampler.name, "images": images})
     return found
 

@@ -38,10 +38,7 @@ def read_metrics(workspace: Workspace) -> dict[str, Values]:
     for arm in experiment.arms:
         rows = []
         for k in range(experiment.replicates):
-            artifact = workspace.artifact(f"metrics/{arm}/{k}")
-            if artifact is None:
-                raise ValueError(f"metrics of {arm} must be there for a report; run `mixflow evaluate` first")
-            rows.append(json.loads(workspace.storage.read(f"{artifact.path}/metrics.json")))
+            rows.append(json.loads(workspace.result(f"metrics/{arm}/{k}").read("metrics.json")))
         found[arm] = {metric: {cell: [row[cell][metric] for row in rows] for cell in rows[0]} for metric in METRICS}
     return found
 
@@ -116,6 +113,11 @@ def protocol(workspace: Workspace) -> dict[str, Any]:
         "features_held_out_accuracy": features.manifest.meta["held_out_accuracy"],
         "replicates": experiment.replicates,
     }
+
+
+def cell_file(cell: str) -> str:
+    """File name of a cell: euler8/s1.5 -> euler8-s1.5."""
+    return cell.replace("/", "-")
 
 
 def format_interval(interval: Mapping[str, Any], *, signed: bool = False) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,7 @@ from typing import Any
 
 from orchestration import cluster, results, tracking
 from orchestration.experiment import Experiment
-from orchestration.launch import ControllerDiedError, Reporter, RunFailedError, cache_directory, launch, start_reporter
+from orchestration.launch import ControllerDiedError, Reporter, cache_directory, launch, start_reporter
 from orchestration.progress import Progress
 from orchestration.recording import Recorder
 from orchestration.report import slow_flow_plot, text_table, write_report
@@ -79,8 +78,8 @@ def check_inputs(workspace: Workspace) -> None:
         with _given_checkpoint(experiment):
             pass  # readable, of the right hash and architecture
     for stage in workspace.stages.values():
-        artifact = workspace.artifact(stage.name) if stage.kind in ("base", "features", "arms") else None
-        if artifact and workspace.storage.is_local:
+        artifact = workspace.artifact(stage.name)
+        if artifact and workspace.storage.is_local:  # elsewhere what is read is verified when it is read
             artifact.fetch(cache)
 
 
@@ -157,7 +156,7 @@ def run_experiment(
             f"--resume needs an earlier run of {experiment.name} with these settings in {place.storage.uri}"
         )
     stages = needed_for(list(workspace.stages.values()), targets)
-    forced = _forced(workspace, force)
+    forced = _forced(stages, force)
     check_inputs(workspace)
     if not all(stage.on_driver for stage in workspace.pending(stages)):
         cluster.check_local_machine(experiment.cluster)
@@ -196,18 +195,18 @@ def run_experiment(
         return outcome
 
 
-def _forced(workspace: Workspace, names: tuple[str, ...]) -> list[str]:
+def _forced(stages: list[Stage], names: tuple[str, ...]) -> list[str]:
     """The stages that --force names, by name or kind; the last first, since a stage is found by its inputs."""
     found: list[str] = []
     for name in names:
-        stages = [stage for stage in workspace.stages if stage == name or stage.startswith(f"{name}/")]
-        if not stages:
-            kinds = ", ".join(dict.fromkeys(stage.kind for stage in workspace.stages.values()))
+        named = [stage.name for stage in stages if f"{stage.name}/".startswith(f"{name}/")]
+        if not named:
+            kinds = ", ".join(dict.fromkeys(stage.kind for stage in stages))
             raise ValueError(
                 f"--force must name a stage or a kind of stages ({kinds}), got {name!r}; plan lists them all"
             )
-        found += stages
-    return [stage for stage in reversed(workspace.stages) if stage in found]
+        found += named
+    return [stage.name for stage in reversed(stages) if stage.name in found]
 
 
 def _stale(states: Mapping[str, str]) -> list[str]:
@@ -221,19 +220,24 @@ def _driver_stages(workspace: Workspace, stages: list[Stage], progress: Progress
     """Data and a given base: they need no worker."""
     names = [stage.name for stage in stages]
     if "data" in names and workspace.artifact("data") is None:
-        with _scratch() as directory:
+        with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch:
             start, digits = time.monotonic(), workspace.experiment.data.digits
             assert digits, "shards that are given were checked before"
-            images.write_shards(images.digits(digits.image_size, digits.held_out), directory, num_classes=10)
-            workspace.publish("data", directory, seconds=time.monotonic() - start)
+            images.write_shards(images.digits(digits.image_size, digits.held_out), Path(scratch), num_classes=10)
+            workspace.publish("data", Path(scratch), seconds=time.monotonic() - start)
         progress.show({"stage": "data", "done": 1, "total": 1, "metrics": {}})
     if "base" in names and workspace.experiment.base.checkpoint and workspace.artifact("base") is None:
         from safetensors.torch import save_file
 
         start = time.monotonic()
-        with _scratch() as directory, _given_checkpoint(workspace.experiment) as weights:
-            save_file({key: value.contiguous() for key, value in weights.items()}, directory / "weights.safetensors")
-            workspace.publish("base", directory, seconds=time.monotonic() - start)
+        with (
+            tempfile.TemporaryDirectory(prefix="mixflow-") as scratch,
+            _given_checkpoint(workspace.experiment) as weights,
+        ):
+            save_file(
+                {key: value.contiguous() for key, value in weights.items()}, Path(scratch) / "weights.safetensors"
+            )
+            workspace.publish("base", Path(scratch), seconds=time.monotonic() - start)
         progress.show({"stage": "base", "done": 1, "total": 1, "metrics": {}})
 
 
@@ -300,16 +304,16 @@ def _finish(
 def _make_report(workspace: Workspace, summary: Mapping[str, Any], progress: Progress) -> None:
     if workspace.artifact("report") is None:
         start = time.monotonic()
-        with _scratch() as directory:
-            write_report(workspace, summary, directory)
-            workspace.publish("report", directory, seconds=time.monotonic() - start)
+        with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch:
+            write_report(workspace, summary, Path(scratch))
+            workspace.publish("report", Path(scratch), seconds=time.monotonic() - start)
         progress.show({"stage": "report", "done": 1, "total": 1, "metrics": {}})
 
 
 def _place_slow_flow(workspace: Workspace) -> dict[str, Any]:
     """The base's measurement with a plot of it at a place that can be remembered."""
     artifact = workspace.result("slow-flow/base")
-    measured = json.loads(workspace.storage.read(f"{artifact.path}/slow_flow.json"))
+    measured = json.loads(artifact.read("slow_flow.json"))
     plot = f"{workspace.home}/slow_flow_base.png"
     workspace.storage.put(plot, slow_flow_plot({"base": measured}))
     return {"plot": f"{workspace.storage.uri}/{plot}", **measured}
@@ -323,7 +327,7 @@ def _place_report(workspace: Workspace) -> str:
     """A copy of the report at a place that can be remembered; returns its URI."""
     artifact = workspace.result("report")
     for name in artifact.manifest.files:
-        workspace.storage.put(f"{workspace.home}/{name}", workspace.storage.read(f"{artifact.path}/{name}"))
+        workspace.storage.put(f"{workspace.home}/{name}", artifact.read(name))
     return f"{workspace.storage.uri}/{workspace.home}/report.html"
 
 
@@ -335,15 +339,3 @@ def _delivered(recorder: Recorder, place: Place, progress: Progress) -> dict[str
             f"({status['last_error']}); they are kept, `mixflow replay` sends them later"
         )
     return {"uri": place.tracking_uri, "parent_run": status["run_id"], "pending": status["pending"]}
-
-
-@contextmanager
-def _scratch() -> Any:
-    directory = Path(tempfile.mkdtemp(prefix="mixflow-"))
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-
-
-__all__ = ["Place", "RunFailedError", "check_inputs", "open_place", "run_experiment"]

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +19,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from mixflow_core.samplers import Sampler
+from orchestration.results import cell_file
 from orchestration.storage import Storage
 from orchestration.workflow import Artifact, Stage, Workspace
 from workers.checkpoint import CheckpointStore
@@ -95,7 +94,10 @@ def run_stages(site: Site, stages: list[Stage]) -> None:
         start = time.monotonic()
         if site.rank == 0:
             site.tell(stage.name, 0, 1, {})
-        with _scratch() as directory:
+        # A training that came before in this process may have left a lower precision; measuring is always in fp32.
+        torch.set_float32_matmul_precision("highest")
+        with tempfile.TemporaryDirectory(prefix="mixflow-stage-") as scratch:
+            directory = Path(scratch)
             about = WORK[stage.kind](site, stage, inputs, directory)
             if site.rank == 0:
                 seconds = time.monotonic() - start
@@ -224,11 +226,6 @@ WORK: dict[str, Work] = {
 }
 
 
-def cell_file(cell: str) -> str:
-    """File name of a cell: euler8/s1.5 -> euler8-s1.5."""
-    return cell.replace("/", "-")
-
-
 def _pixels(folder: Path, cell: str) -> torch.Tensor:
     table = pq.read_table(folder / f"{cell_file(cell)}.parquet")
     shape = json.loads(table.schema.metadata[b"mixflow"])["shape"]
@@ -250,12 +247,3 @@ def _model(site: Site, inputs: Inputs, run: RunConfig) -> SiT:
     model = SiT(run.model)
     model.load_state_dict(_weights(site, artifact))
     return model.to(site.device).eval()
-
-
-@contextmanager
-def _scratch() -> Iterator[Path]:
-    directory = Path(tempfile.mkdtemp(prefix="mixflow-stage-"))
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)

@@ -316,6 +316,10 @@ class _Spool:
     def experiment(self) -> str:
         try:
             return str(json.loads(self._workspace.read(f"{self.directory}/{HEADER}"))["experiment"])
+        except ValueError as error:
+            raise ValueError(
+                f"{self.directory}/{HEADER} must name the experiment, but is unreadable ({error})"
+            ) from error
         except FileNotFoundError as error:
             there = ", ".join(list_spools(self._workspace)) or "none"
             raise ValueError(f"spool must exist, got {self.directory!r}; there are: {there}") from error
@@ -385,9 +389,16 @@ class _Spool:
 
     def _events(self, name: str) -> list[Event]:
         try:
-            return [json.loads(line) for line in self._workspace.read(f"{self.directory}/{name}").splitlines()]
+            content = self._workspace.read(f"{self.directory}/{name}")
         except FileNotFoundError:
             log.warning("%s/%s is gone, somebody else sent or removed it", self.directory, name)
+            return []
+        try:
+            return [json.loads(line) for line in content.splitlines()]
+        except ValueError as error:  # what comes after it must not wait for ever
+            aside = f"{self.directory}/unreadable/{name}"
+            self._workspace.put(aside, content)
+            log.warning("%s/%s is unreadable (%s) and set aside as %s", self._workspace.uri, name, error, aside)
             return []
 
     def _name(self, path: str) -> str:

@@ -23,7 +23,7 @@ from typing import Any
 
 from orchestration.experiment import Experiment
 from orchestration.storage import Storage, open_storage
-from workers.manifest import Manifest, canonical_hash
+from workers.manifest import CorruptError, Manifest, canonical_hash
 
 log = logging.getLogger(__name__)
 LEASE_S = 60.0
@@ -63,6 +63,20 @@ class Artifact:
     def full_uri(self) -> str:
         """URI of the directory."""
         return f"{self.uri}/{self.path}".rstrip("/")
+
+    def read(self, name: str) -> bytes:
+        """One file of it, verified.
+
+        Raises:
+            CorruptError: the file is missing or not what the manifest says.
+        """
+        try:
+            content = open_storage(self.uri).read(f"{self.path}/{name}")
+        except FileNotFoundError as error:
+            raise CorruptError(self.full_uri, name, "is missing") from error
+        if hashlib.sha256(content).hexdigest() != self.manifest.files[name].sha256:
+            raise CorruptError(self.full_uri, name, "has another SHA-256 than its manifest says")
+        return content
 
     def fetch(self, cache: Path) -> Path:
         """A verified local copy (the directory itself where it is local)."""
@@ -243,6 +257,9 @@ class Workspace:
                 holder = json.loads(self.storage.read(path))
             except FileNotFoundError:  # given back just now
                 continue
+            except ValueError:
+                log.warning("%s/%s is unreadable and taken for nobody's", self.storage.uri, path)
+                holder = {"time": 0.0}
             if _is_alive(holder):
                 raise ValueError(
                     f"experiment {self.experiment.name} must have one runner, but process {holder['pid']} on "

@@ -61,6 +61,10 @@ class Training(Frozen):
                 f"global_batch_size must be a multiple of num_shards {self.num_shards}, got {self.global_batch_size}; "
                 f"choose {self.global_batch_size // self.num_shards * self.num_shards or self.num_shards}"
             )
+        if self.steps * self.num_shards >= 2**32:
+            raise ValueError(
+                f"steps times num_shards must lie below 2**32, got {self.steps} x {self.num_shards}; lower one"
+            )
         if self.checkpoint_every % self.log_every:
             raise ValueError(
                 f"checkpoint_every must be a multiple of log_every {self.log_every}, got {self.checkpoint_every}; "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from mixflow_core.rng import generator, shard_position
 from workers.config import RunConfig
-from workers.manifest import Manifest
+from workers.manifest import MANIFEST, Manifest
 from workers.models.sit import drop_labels
 
 SCHEMA_VERSION = 1
@@ -86,7 +87,7 @@ def write_shards(splits: Mapping[Split, ImageSet], directory: Path, *, num_class
                 "dtype": str(part.dtype),
                 "num_classes": num_classes,
             }
-            table = pa.table({"image": flat, "label": pa.array(labels[start : start + rows])})
+            table = pa.table({"image": flat, "label": pa.array(labels[start : start + rows], pa.int64())})
             table = table.replace_schema_metadata({"mixflow": json.dumps(about)})
             pq.write_table(table, directory / f"{split}-{number:05d}.parquet")
         statistics[split] = {
@@ -127,7 +128,7 @@ def _read_shard(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
         values = flat.reshape(table.num_rows, *about["shape"])  # a missing value reads as NaN
         if not pa.types.is_integer(table["label"].type):
             raise TypeError(f"label must be a column of integers, got {table['label'].type}")
-        labels = table["label"].fill_null(-1).to_numpy()  # a missing label is none of the classes
+        labels = table["label"].cast(pa.int64()).fill_null(-1).to_numpy()  # a missing label is none of the classes
         dtype, num_classes = np.dtype(about["dtype"]), about["num_classes"]
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"data shard {path} must be a Parquet file of this project's schema; {error}") from error
@@ -156,12 +157,14 @@ def open_shards(directory: Path, manifest: Manifest, cache: Path) -> dict[Split,
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / f".{home.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        if not home.exists():
+        if not _is_complete(home):
+            shutil.rmtree(home, ignore_errors=True)
             scratch = Path(tempfile.mkdtemp(dir=cache, prefix=".unpacking-"))
             for split in SPLITS:
                 images, _ = read_shards(directory, split)
                 np.save(scratch / f"{split}-images.npy", images.images)
                 np.save(scratch / f"{split}-labels.npy", images.labels)
+            (scratch / MANIFEST).write_text(Manifest.describe(scratch, {}).to_json())
             os.replace(scratch, home)
     return {
         split: ImageSet(
@@ -169,6 +172,15 @@ def open_shards(directory: Path, manifest: Manifest, cache: Path) -> dict[Split,
         )
         for split in SPLITS
     }
+
+
+def _is_complete(home: Path) -> bool:
+    """Whether an unpacked set is there in full: cleaners of temporary directories remove single files."""
+    try:
+        files = Manifest.from_json((home / MANIFEST).read_bytes()).files
+        return all((home / name).stat().st_size == entry.size for name, entry in files.items())
+    except (FileNotFoundError, ValueError):
+        return False
 
 
 # ---------------------------------------------------------------------------------------------------- batches

@@ -60,8 +60,12 @@ def sample_batch(model: nn.Module, run: RunConfig, what: SampleSet, number: int,
         return torch.stack([torch.randn(x0.shape[1:], generator=g) for g in sde_noise]).to(device)
 
     field = sampling_field(model, run, labels.to(device), what.sampler.guidance_scale)
-    pixels = to_pixels(what.sampler.run(field, x0, Interpolant(run.path), noise).cpu())
-    return Samples(pixels, labels, field.nfe)
+    x1 = what.sampler.run(field, x0, Interpolant(run.path), noise).cpu()
+    finite = torch.isfinite(x1).flatten(1).all(1)
+    if not finite.all():  # as pixels they would pass for black
+        first = indices[int(finite.logical_not().nonzero()[0])]
+        raise FloatingPointError(f"samples must be finite, but image {first} of {what.sampler.name} is not")
+    return Samples(to_pixels(x1), labels, field.nfe)
 
 
 def start_noise(run: RunConfig, seed: int, indices: range) -> Tensor:

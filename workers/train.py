@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,7 +44,11 @@ class NonFiniteLossError(Exception):
         self.step, self.ranks, self.last_checkpoint = step, list(ranks), last_checkpoint
 
     def __str__(self) -> str:
-        what = f"loss is not finite on ranks {self.ranks}" if self.ranks else "gradient is not finite"
+        what = (
+            f"loss is not finite on ranks {self.ranks}"
+            if self.ranks
+            else "gradient, the sum over all ranks, is not finite"
+        )
         return f"{what} at step {self.step} (last checkpoint: {self.last_checkpoint}); stopped before the update"
 
 
@@ -122,6 +127,10 @@ def post_train(
             window_start = time.perf_counter()
         if step % training.checkpoint_every == 0 or step == training.steps:
             score = held_out_loss(run, model, ema.shadow, held_out, io, device)
+            if not math.isfinite(score):  # the same on all ranks
+                if io.rank == 0:
+                    io.wait()
+                raise NonFiniteLossError(step, [], io.last_checkpoint)
             history.append({"step": step, "eval/loss": score})
             if io.rank == 0:
                 io.report(step, {"eval/loss": score})

@@ -617,3 +617,30 @@ def test_a_checkpoint_and_data_on_s3_that_are_not_there(refused, recipe, moto_s3
     os.environ.pop("AWS_ENDPOINT_URL_S3", None)
     os.environ.pop("MLFLOW_S3_ENDPOINT_URL", None)
     assert "data.shards must be " in refused("plan", recipe(data={"shards": f"{moto_s3}/absent"}))
+
+
+@pytest.mark.parametrize("verb", ["plan", "run"])
+@pytest.mark.parametrize("address", ["127.0.0.1:{port}", "ray://127.0.0.1:{port}", "nowhere"])
+def test_a_ray_address_where_nothing_listens(refused, recipe, monkeypatch, verb, address):
+    with socket.socket() as probe:  # a port that is free and stays so: bound, but not listening
+        probe.bind(("127.0.0.1", 0))
+        address = address.format(port=probe.getsockname()[1])
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        assert f"RAY_ADDRESS must be host:port of a running cluster, got {address!r}" in refused(verb, recipe())
+
+
+def test_altered_results_are_refused(capsys, place, recipe):
+    from orchestration.experiment import load
+    from orchestration.workflow import Workspace
+
+    file = recipe()
+    workspace = Workspace(load(file), open_storage(str(place)))
+    data = workspace.publish("data", Data(place.parent / "data").write(), seconds=1.0)
+    (place.parent / "base").mkdir()
+    (place.parent / "base" / "weights.safetensors").write_bytes(b"weights")
+    base = workspace.publish("base", place.parent / "base", seconds=1.0)
+    for artifact, name in ((base, "weights.safetensors"), (data, "statistics.json")):
+        path = Path(artifact.full_uri, name)
+        path.write_bytes(path.read_bytes()[:-1] + b"x")
+        assert main(["plan", file]) == 2
+        assert f"{name} has another SHA-256" in capsys.readouterr().err

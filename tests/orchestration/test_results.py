@@ -14,6 +14,7 @@ from orchestration.results import format_interval, judge, protocol, read_metrics
 from orchestration.storage import open_storage
 from orchestration.workflow import Workspace
 from workers.evaluate import METRICS
+from workers.manifest import CorruptError
 
 CELL = "euler20/s1"
 PRIMARY = f"fd_digits/{CELL}"
@@ -289,5 +290,13 @@ def test_a_protocol_differs_with_its_data(fabricated, tmp_path, summary):
 def test_missing_metrics_are_named(tmp_path):
     made = Fabricated(tmp_path)
     made.workspace.forget("metrics/mixflow/2")
-    with pytest.raises(ValueError, match="metrics of mixflow must be there for a report; run `mixflow evaluate` first"):
+    with pytest.raises(RuntimeError, match="metrics/mixflow/2 was asked for before it was done"):
+        summarise(made.workspace)
+
+
+def test_altered_metrics_never_reach_a_verdict(tmp_path):
+    made = Fabricated(tmp_path)
+    path = Path(made.workspace.result("metrics/mixflow/0").full_uri) / "metrics.json"
+    path.write_text(path.read_text().replace("1", "2", 1))
+    with pytest.raises(CorruptError, match=r"metrics\.json has another SHA-256"):
         summarise(made.workspace)

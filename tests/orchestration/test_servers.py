@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,8 @@ def test_the_same_recipe_on_s3_and_a_tracking_server(ceph_s3: str, mlflow_server
     assert run.data.tags["mixflow.verdict.mixflow"] in ("promote", "reject", "inconclusive")
     children = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run.info.run_id}'")
     assert len(children) == 9
-    assert {child.data.tags["mixflow.checkpoints"].partition("/checkpoints/")[0] for child in children} >= {ceph_s3}
+    kept = [child.data.tags["mixflow.checkpoints"] for child in children if child.data.tags["mixflow.arm"] != "none"]
+    assert {uri.partition("/checkpoints/")[0] for uri in kept} == {ceph_s3}
     again = Run(["run", "quickstart", "--json", *small()], tmp_path / "again", environment).answer()
     assert {stage["state"] for stage in again["stages"]} == {"reused"}
     mlflow_server.kill()
@@ -80,6 +82,8 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
         "--node-ip-address=127.0.0.1",
     ]
     command += ["--object-store-memory=200000000", "--include-dashboard=true"]
+    # The defaults of these are fixed ports, which another cluster on this machine may hold.
+    command += [f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}"]
     log = (tmp_path_factory.mktemp("head") / "log").open("wb")
     process = psutil.Popen(command, env=env, stdout=log, stderr=log)
     address = f"http://127.0.0.1:{dashboard}"
@@ -104,7 +108,11 @@ def _submit(environment: dict[str, str], variables: dict[str, str], arguments: l
     command += ["--runtime-env-json", json.dumps({"env_vars": variables, "excludes": [".venv", ".git"]})]
     command += ["--address", environment["RAY_API_SERVER_ADDRESS"]]
     command += ["--", sys.executable, "-m", "orchestration", *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+    for _ in range(30):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
+        if "No available agent" not in done.stdout + done.stderr:  # the head is up before its agent is
+            break
+        time.sleep(2)
     return done.returncode, done.stdout + done.stderr
 
 

@@ -126,6 +126,17 @@ def test_runs_carry_params_tags_artifacts_and_nest(workspace, sqlite, track, mon
     assert workspace.list(SPOOL) == [f"{SPOOL}/spool.json"]
 
 
+def test_an_unreadable_segment_is_set_aside_and_named(workspace, sqlite, track, caplog):
+    torn = b'{"kind": "metrics", "run": "a", "metr'
+    workspace.put(f"{SPOOL}/000000000000-3-torn.jsonl", torn)
+    tracker = track(sqlite)
+    tracker.start_run("later", "later")
+    deliver(tracker)
+    assert Reader(sqlite, "experiment").run("later").info.status == "RUNNING"
+    assert workspace.read(f"{SPOOL}/unreadable/000000000000-3-torn.jsonl") == torn
+    assert "000000000000-3-torn.jsonl is unreadable" in caplog.text
+
+
 def test_values_arrive_exactly_in_any_number(sqlite, track):
     loss, fd = curve("train/loss", range(2500)), curve("eval/fd_digits/euler20/s1", [0, 100, 200])
     tracker = track(sqlite)

@@ -168,7 +168,7 @@ def test_force_of_a_kind_and_of_several_stages_that_follow_each_other(storage, t
     publish_all(workspace_of(storage), tmp_path)
     workspace = workspace_of(storage)
     contents = {name: f"{name} {workspace.identity(name)}" for name in ("data", "base", *of_kinds(workspace, "arms"))}
-    for name in _forced(workspace, ("data", "arms", "base")):
+    for name in _forced(list(workspace.stages.values()), ("data", "arms", "base")):
         workspace.forget(name)
     for name in ("data", "base"):
         assert workspace.state(name) == "to do"
@@ -176,7 +176,7 @@ def test_force_of_a_kind_and_of_several_stages_that_follow_each_other(storage, t
     assert to_do(workspace) >= of_kinds(workspace, "arms"), "what follows was forgotten too, not found again"
     workspace = workspace_of(storage)
     with pytest.raises(ValueError, match=r"--force must name a stage or a kind of stages .*, got 'arms/mix'"):
-        _forced(workspace, ("arms/mix",))
+        _forced(list(workspace.stages.values()), ("arms/mix",))
 
 
 def test_given_data_is_never_forgotten(storage, tmp_path):
@@ -336,6 +336,13 @@ def test_a_container_that_was_started_again_takes_its_own_lease_over(storage):
     with workspace.lease():
         pass
     assert not storage.exists(lease_of(workspace))
+
+
+def test_an_unreadable_lease_holds_nobody_off(storage):
+    workspace = workspace_of(storage)
+    storage.put(lease_of(workspace), b"{torn")
+    with workspace.lease():
+        assert json.loads(storage.read(lease_of(workspace)))["pid"] == os.getpid()
 
 
 def test_a_lease_is_renewed_even_after_a_failure(storage, monkeypatch):

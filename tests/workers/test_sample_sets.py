@@ -172,3 +172,11 @@ def test_a_grid_reads_back(tmp_path, channels):
         cell = small[4 * row : 4 * row + 4, 5 * column : 5 * column + 5]
         assert np.array_equal(cell.transpose(2, 0, 1), image.numpy())
     assert not small[8:, 5:].any()
+
+
+def test_samples_that_are_not_finite_are_refused(model):
+    with torch.no_grad():
+        model.final_layer.linear.bias.fill_(float("nan"))
+    what = SampleSet(SAMPLERS["euler"][0], num_samples=4, batch_size=4, seed=3)
+    with pytest.raises(FloatingPointError, match="samples must be finite, but image 0 of euler"):
+        sample_batch(model, run_config(), what, 0, CPU)

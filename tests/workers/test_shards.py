@@ -292,3 +292,22 @@ def test_no_two_positions_of_a_run_share_their_noise():
     assert len(torch.unique(noise[:, 0, 0, 0])) == 160
     assert abs(noise.mean().item()) < 0.05
     assert abs(noise.std().item() - 1) < 0.05
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
+def test_labels_of_any_integer_type_are_read_as_int64(tmp_path, dtype):
+    images, labels = pixels()
+    written(tmp_path, ImageSet(images, labels.astype(dtype)))
+    read, _ = read_shards(tmp_path, "train")
+    assert read.labels.dtype == np.int64
+    assert (read.labels == labels).all()
+
+
+def test_an_unpacked_set_that_lost_a_file_is_unpacked_again(tmp_path):
+    splits = written(tmp_path / "shards")
+    manifest = Manifest.describe(tmp_path / "shards", {})
+    open_shards(tmp_path / "shards", manifest, tmp_path / "cache")
+    (unpacked,) = (tmp_path / "cache").glob("*/train-labels.npy")
+    unpacked.unlink()
+    again = open_shards(tmp_path / "shards", manifest, tmp_path / "cache")
+    assert (again["train"].labels == splits["train"].labels).all()

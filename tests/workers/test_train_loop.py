@@ -176,7 +176,9 @@ def test_a_finite_loss_with_an_infinite_gradient_stops_the_run(tmp_path, reprodu
     start["final_layer.linear.weight"] *= 1e18  # outputs of 1e18 have a finite square, the gradient behind them none
     with pytest.raises(NonFiniteLossError) as caught:
         post_train(run, pixels(), pixels(24, seed=1), local_io(tmp_path), initial=start)
-    assert str(caught.value) == "gradient is not finite at step 0 (last checkpoint: none); stopped before the update"
+    assert str(caught.value) == (
+        "gradient, the sum over all ranks, is not finite at step 0 (last checkpoint: none); stopped before the update"
+    )
     assert caught.value.ranks == []
 
 
