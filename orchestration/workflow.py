@@ -192,12 +192,12 @@ class Workspace:
         """The result of a stage, None if it is still to do."""
         if name not in self._found:
             shards = self.experiment.data.shards
-            uri, path = (shards, "") if name == "data" and shards else (self.storage.uri, None)
-            if path is None:
-                identity = self.identity(name)
-                if identity is None:
-                    return None
-                path = f"{self.stages[name].kind}/{identity}"
+            if name == "data" and shards:
+                uri, path = shards, ""
+            elif self.identity(name) is None:
+                return None
+            else:
+                uri, path = self.storage.uri, self.path(name)
             manifest = open_storage(uri).manifest(path)
             if manifest is None:
                 return None
