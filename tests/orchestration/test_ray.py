@@ -101,7 +101,7 @@ def test_kill_9_changes_nothing(victim: str, finished: tuple[Path, dict], tmp_pa
     altered = ""
     if run.wait() != 0:
         # A worker without its driver lives on for a moment, and may even finish its arm.
-        for process in psutil.wait_procs(family, timeout=60)[1]:
+        for process in psutil.wait_procs(family, timeout=20)[1]:
             process.kill()
         if victim == "driver":
             altered = _alter_a_checkpoint(workspace)
