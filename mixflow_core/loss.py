@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
+from torch.nn import functional
 
 from mixflow_core.checks import require_choice
-from mixflow_core.interpolant import Interpolant, broadcast
+from mixflow_core.interpolant import Interpolant, PathName, broadcast
 from mixflow_core.mixture import TrainingPair
 
 Prediction = Literal["velocity", "noise", "score", "data"]
@@ -54,6 +55,34 @@ def per_sample_loss(
 
 def _mean_square(residual: Tensor) -> Tensor:
     return residual.square().flatten(1).mean(1)
+
+
+def alignment_loss(projected: Tensor, features: Tensor) -> Tensor:
+    """REPA's alignment of a network's tokens with an encoder's: minus the mean cosine similarity over tokens, (B,).
+
+    Args:
+        projected: what the network's projector makes of its tokens, (B, T, D).
+        features: the encoder's patch tokens of the clean image, (B, T, D).
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if projected.shape != features.shape:
+        raise ValueError(
+            f"features must have the projector's shape {tuple(projected.shape)}, got {tuple(features.shape)}"
+        )
+    return -functional.cosine_similarity(projected, features, dim=-1, eps=1e-12).mean(1)
+
+
+def times_defined(path: PathName, prediction: Prediction) -> tuple[float, float]:
+    """The part of [0, 1] on which this prediction determines a velocity safely, as SiT's published code has it.
+
+    Velocity on linear and GVP is defined everywhere; noise, score and data divide by alpha or sigma at an end, and VP's
+    sigma has no derivative at t = 1.
+    """
+    if prediction == "velocity" and path != "vp":
+        return (0.0, 1.0)
+    return (0.0, 0.999) if path == "vp" else (0.001, 0.999)
 
 
 def velocity_field(model: Model, interpolant: Interpolant, prediction: Prediction) -> Model:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -39,6 +40,13 @@ class Moments:
         """Unbiased covariance (D, D)."""
         return self.scatter / (self.count - 1)
 
+    @cached_property
+    def root(self) -> Tensor:
+        """The covariance's symmetric square root (D, D), kept: a reference is compared with many samples."""
+        values, vectors = torch.linalg.eigh(self.covariance)
+        # A covariance has no negative eigenvalue; what eigh returns below zero is rounding.
+        return vectors * values.clamp(min=0).sqrt() @ vectors.T
+
 
 def frechet_distance(a: Moments, b: Moments) -> float:
     """|mu_a - mu_b|^2 + tr(A + B - 2 (A B)^(1/2)), the squared Frechet distance of two Gaussians.
@@ -46,16 +54,9 @@ def frechet_distance(a: Moments, b: Moments) -> float:
     Called FID only when the features are those of the FID-Inception. tr (A B)^(1/2) is the sum of the singular values
     of A^(1/2) B^(1/2), which needs no clipping of imaginary parts for singular covariances.
     """
-    roots = [_root(m.covariance) for m in (a, b)]
-    cross = torch.linalg.svdvals(roots[0] @ roots[1]).sum()
+    cross = torch.linalg.svdvals(a.root @ b.root).sum()
     distance = (a.mean - b.mean).square().sum() + a.covariance.trace() + b.covariance.trace() - 2 * cross
     return float(distance)
-
-
-def _root(covariance: Tensor) -> Tensor:
-    values, vectors = torch.linalg.eigh(covariance)
-    # A covariance has no negative eigenvalue; what eigh returns below zero is rounding.
-    return vectors * values.clamp(min=0).sqrt() @ vectors.T
 
 
 def kernel_distance(a: Tensor, b: Tensor, *, block: int = 1000) -> float:

@@ -10,6 +10,7 @@ One iteration of Algorithm 1, as `loss.per_sample_loss` runs it:
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -19,8 +20,9 @@ from torch import Tensor
 from mixflow_core.checks import require_choice
 from mixflow_core.interpolant import Interpolant
 
-TimeLaw = Literal["beta", "uniform", "logit_normal"]
+TimeLaw = Literal["beta", "uniform", "logit_normal", "log_normal_angle"]
 SlowingLaw = Literal["interval", "independent"]
+Order = Literal["shift_then_slow", "slow_then_shift"]
 TimeName = Literal["t", "m"]
 
 
@@ -52,7 +54,7 @@ class SlowedMixture:
 
     Attributes:
         time_law: `beta` is Beta(2, 1), density 2t, the paper's; `uniform` on [0, 1]; `logit_normal` is the logistic
-            function of a standard normal.
+            function of a standard normal; `log_normal_angle` is (2 / pi) atan(exp(N(0, 1))), REPA's on curved paths.
         shift: timestep shift, >= 1, applied to s = 1 - t as s -> shift s / (1 + (shift - 1) s) before slowing; 1: none.
         slowing_law: `interval`: m ~ U[(1 - gamma) t, t], the paper's. `independent`: m ~ U[0, 1] whatever t is, a row
             of the paper's ablation.
@@ -62,6 +64,11 @@ class SlowedMixture:
         condition_on: `t`: MixFlow. `m`: the matched-marginal control, which draws (t, m) the same way and then tells
             the network m, so that it trains on the same noise levels as often, without slowing. It has no counterpart
             in the paper.
+        interval: lowest and highest t of the time law, truncated to it before the shift, 0 <= lowest < highest <= 1.
+            RAE's published training leaves the last thousandth before the data out: (0.001, 1) for its uniform and
+            logit-normal laws, and (0, 0.9995) for its MixFlow times, which are truncated at the other end.
+        order: `shift_then_slow`, the published one, or `slow_then_shift`, which slows the law's own times and then
+            shifts both.
     """
 
     time_law: TimeLaw
@@ -70,6 +77,8 @@ class SlowedMixture:
     target_time: TimeName
     condition_on: TimeName = "t"
     shift: float = 1.0
+    interval: tuple[float, float] = (0.0, 1.0)
+    order: Order = "shift_then_slow"
 
     __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012 - read by pydantic, not a field
 
@@ -87,6 +96,10 @@ class SlowedMixture:
             raise ValueError(f"gamma must be 0 with slowing_law 'independent', got {self.gamma}; set gamma to 0")
         if not 1 <= self.shift < float("inf"):
             raise ValueError(f"shift must be at least 1, got {self.shift}; 1 is no shift")
+        lowest, highest = self.interval
+        if not 0 <= lowest < highest <= 1:
+            raise ValueError(f"interval must satisfy 0 <= lowest < highest <= 1, got {list(self.interval)}")
+        require_choice("order", self.order, Order)
 
     @property
     def is_standard(self) -> bool:
@@ -99,7 +112,11 @@ class SlowedMixture:
         The first column makes t, the second m, so that arms which differ in their slowing share their t.
         """
         t = self._time(u[:, 0])
+        if self.order == "shift_then_slow":
+            t = shift_time(t, self.shift)
         m = t - self.gamma * t * u[:, 1] if self.slowing_law == "interval" else u[:, 1]
+        if self.order == "slow_then_shift":
+            t, m = shift_time(t, self.shift), shift_time(m, self.shift)
         return TimePair(t=m if self.condition_on == "m" else t, m=m)
 
     def pair(self, interpolant: Interpolant, times: TimePair, *, x0: Tensor, x1: Tensor) -> TrainingPair:
@@ -116,16 +133,29 @@ class SlowedMixture:
         )
 
     def _time(self, u: Tensor) -> Tensor:
+        """The time law's quantile function on `interval`."""
+        lowest, highest = self.interval
         if self.time_law == "beta":
-            t = torch.sqrt(u)
-        elif self.time_law == "uniform":
-            t = u
-        else:
-            t = torch.sigmoid(torch.special.ndtri(u))
-        return t if self.shift == 1 else shift_time(t, self.shift)
+            return torch.sqrt(lowest**2 + (highest**2 - lowest**2) * u)
+        if self.time_law == "uniform":
+            return lowest + (highest - lowest) * u
+        angle = self.time_law == "log_normal_angle"
+        below, above = (_normal_below(t, angle) for t in self.interval)
+        normal = torch.special.ndtri(below + (above - below) * u)
+        return torch.atan(torch.exp(normal)) * (2 / math.pi) if angle else torch.sigmoid(normal)
+
+
+def _normal_below(t: float, angle: bool) -> float:
+    """P(N < n) for the standard normal n that the logistic function, or the angle, maps to t."""
+    if t in (0, 1):
+        return t
+    n = math.log(math.tan(math.pi * t / 2)) if angle else math.log(t / (1 - t))
+    return 0.5 * math.erfc(-n / math.sqrt(2))
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """Moves times towards the noise: s -> shift s / (1 + (shift - 1) s) on s = 1 - t, any shape, shift >= 1."""
+    if shift == 1:
+        return t  # 1 - (1 - t) would round
     s = 1 - t
     return 1 - shift * s / (1 + (shift - 1) * s)

@@ -9,7 +9,17 @@ from typing import Literal
 import torch
 
 Stream = Literal[
-    "order", "time", "noise", "dropout", "init", "eval", "sample_noise", "sample_label", "sde_noise", "pairing"
+    "order",
+    "time",
+    "noise",
+    "dropout",
+    "posterior",
+    "init",
+    "eval",
+    "sample_noise",
+    "sample_label",
+    "sde_noise",
+    "pairing",
 ]
 
 _POSITIONS = 2**32

@@ -21,28 +21,30 @@ from mixflow_core.mixture import shift_time
 
 Field = Callable[[Tensor, Tensor], Tensor]
 Noise = Callable[[int], Tensor]
-Method = Literal["euler", "heun", "dopri5", "sde"]
+Method = Literal["euler", "heun", "dopri5", "sde", "sde_heun"]
+Guidance = Literal["classifier_free", "autoguidance"]
 DiffusionForm = Literal["sbdm", "sigma", "linear", "decreasing", "increasing_decreasing"]
 LastStep = Literal["none", "mean", "tweedie", "euler"]
 
 
 class CountedField:
-    """A field that counts its network evaluations: NFE is what was called, not what a formula says.
+    """A field, or a model, that counts its network evaluations: NFE is what was called, not what a formula says.
 
     Args:
-        field: u(x, t).
-        evaluations_per_call: 2 for classifier-free guidance (a conditional and an unconditional row for each sample).
+        field: u(x, t), or model(x, t, y).
+        num_samples: samples of the batch: guidance calls the network on two rows a sample where it acts, and on one
+            elsewhere. None counts calls.
     """
 
-    def __init__(self, field: Field, evaluations_per_call: int = 1) -> None:
+    def __init__(self, field: Callable[..., Tensor], num_samples: int | None = None) -> None:
         self.field = field
-        self.evaluations_per_call = evaluations_per_call
+        self.num_samples = num_samples
         self.nfe = 0
 
-    def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        """u(x, t)."""
-        self.nfe += self.evaluations_per_call
-        return self.field(x, t)
+    def __call__(self, x: Tensor, *arguments: Tensor) -> Tensor:
+        """What the field says at x."""
+        self.nfe += x.shape[0] // (self.num_samples or x.shape[0])
+        return self.field(x, *arguments)
 
 
 def time_grid(num_steps: int, *, start: float = 0.0, end: float = 1.0, shift: float = 1.0) -> Tensor:
@@ -185,29 +187,47 @@ def sde(
 
 @dataclass(frozen=True)
 class Sampler:
-    """One way to sample, as it stands in a protocol.
+    """One way to sample, as it stands in a protocol. Times are this project's: 0 is noise, 1 is data.
 
     Attributes:
-        method: `euler`, `heun` (2 evaluations a step), `sde` (Euler-Maruyama with w = sigma, num_steps - 1 noisy steps
-            to t = 0.96 and one last noise-free step), or `dopri5` (adaptive; num_steps has no meaning and must be 1).
-        num_steps: steps, at least 1 (2 for `sde`).
+        method: `euler`, `heun` (2 evaluations a step), `sde` (Euler-Maruyama: num_steps - 1 noisy steps and one last
+            noise-free step), `sde_heun` (the same with a corrector: 2 evaluations a noisy step), or `dopri5` (adaptive;
+            num_steps has no meaning and must be 1).
+        num_steps: steps, at least 1 (2 for an SDE with a last step).
         guidance_scale: s in v_u + s (v_c - v_u); 1 is unguided.
         shift: timestep shift of the grid, >= 1; 1 is none.
+        start, end: first and last time before the shift. A model that was trained or published on a part of [0, 1] is
+            sampled there (RAE ends at 0.999). An SDE with a last step ends at 1 - last_step_size instead, then at 1.
+        guidance: `classifier_free`, or `autoguidance` by the experiment's guide, a weaker model.
+        guidance_channels: guide only the first channels (SiT's published samples guide 3 of 4); 0 is all.
+        guidance_interval: guide where t lies in this closed interval; an end at 0 or 1 is open beyond it.
+        diffusion: w(t) of an SDE, see Diffusion.
+        last_step: of an SDE, see sde.
+        last_step_size: of an SDE, in (0, 1); 0.04 in the published code.
     """
 
     method: Method
     num_steps: int
     guidance_scale: float = 1.0
     shift: float = 1.0
+    start: float = 0.0
+    end: float = 1.0
+    guidance: Guidance = "classifier_free"
+    guidance_channels: int = 0
+    guidance_interval: tuple[float, float] = (0.0, 1.0)
+    diffusion: DiffusionForm = "sigma"
+    last_step: LastStep = "mean"
+    last_step_size: float = 0.04
 
     __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012 - read by pydantic, not a field
 
-    SDE_LAST_STEP_SIZE = 0.04
-
     def __post_init__(self) -> None:
         """Raises ValueError when a value is out of its range."""
-        require_choice("method", self.method, Method)
-        least = 2 if self.method == "sde" else 1
+        for name, choices in (
+            ("method", Method), ("guidance", Guidance), ("diffusion", DiffusionForm), ("last_step", LastStep)
+        ):  # fmt: skip
+            require_choice(name, getattr(self, name), choices)
+        least = 2 if self.is_sde and self.last_step != "none" else 1
         if self.num_steps < least:
             raise ValueError(f"num_steps must be at least {least} for {self.method}, got {self.num_steps}")
         if self.method == "dopri5" and self.num_steps != 1:
@@ -216,17 +236,61 @@ class Sampler:
             raise ValueError(f"guidance_scale must be at least 1, got {self.guidance_scale}; 1 is unguided")
         if not 1 <= self.shift < math.inf:
             raise ValueError(f"shift must be at least 1, got {self.shift}; 1 is no shift")
+        if not 0 <= self.start < self.end <= 1:
+            raise ValueError(f"start and end must satisfy 0 <= start < end <= 1, got {self.start} and {self.end}")
+        if self.guidance_channels < 0:
+            raise ValueError(f"guidance_channels must be at least 0, got {self.guidance_channels}; 0 is all")
+        lowest, highest = self.guidance_interval
+        if not 0 <= lowest < highest <= 1:
+            raise ValueError(f"guidance_interval must satisfy 0 <= low < high <= 1, got {[lowest, highest]}")
+        if not 0 < self.last_step_size < 1 - self.start:
+            raise ValueError(f"last_step_size must lie in (0, 1 - start), got {self.last_step_size}")
+        if not self.is_sde and (self.diffusion, self.last_step, self.last_step_size) != ("sigma", "mean", 0.04):
+            raise ValueError(f"diffusion and last_step must be left out for {self.method}, which has no noise")
+
+    @property
+    def is_sde(self) -> bool:
+        """Whether it draws noise on its way."""
+        return self.method in ("sde", "sde_heun")
 
     @property
     def name(self) -> str:
-        """`<method><steps>/s<scale>`, as in metric keys: euler8/s1.5, or euler8-shift3/s1 on a shifted grid."""
-        shift = "" if self.shift == 1 else f"-shift{self.shift:g}"
-        return f"{self.method}{self.num_steps}{shift}/s{self.guidance_scale:g}"
+        """`<method><steps>/s<scale>`, as in metric keys: euler8/s1.5; what differs from the defaults is added to it."""
+        steps, scale = f"{self.method}{self.num_steps}", f"s{self.guidance_scale:g}"
+        steps += f"-shift{self.shift:g}" * (self.shift != 1)
+        steps += f"-from{self.start:g}" * (self.start != 0) + f"-to{self.end:g}" * (self.end != 1)
+        steps += f"-{self.diffusion}" * (self.diffusion != "sigma") + f"-last_{self.last_step}" * (
+            self.last_step != "mean"
+        )
+        steps += f"-last{self.last_step_size:g}" * (self.last_step_size != 0.04)
+        scale += "-auto" * (self.guidance == "autoguidance") + f"-ch{self.guidance_channels}" * bool(
+            self.guidance_channels
+        )
+        lowest, highest = self.guidance_interval
+        return f"{steps}/{scale}" + f"-in{lowest:g}to{highest:g}" * (self.guidance_interval != (0.0, 1.0))
+
+    @property
+    def open_guidance_interval(self) -> tuple[float, float]:
+        """The interval for `guidance`, open at 0 and 1: an adaptive solver looks beyond both."""
+        lowest, highest = self.guidance_interval
+        return (-math.inf if lowest == 0 else lowest, math.inf if highest == 1 else highest)
 
     def run(self, field: Field, x: Tensor, interpolant: Interpolant, noise: Noise) -> Tensor:
-        """The samples at t = 1 from noise x (B, ...); `noise` is asked by `sde` only."""
-        if self.method == "sde":
-            grid = time_grid(self.num_steps - 1, end=1 - self.SDE_LAST_STEP_SIZE, shift=self.shift).to(x.device)
-            return sde(field, x, grid, interpolant, noise)[-1]
+        """The samples from noise x (B, ...); `noise` is asked by an SDE only."""
+        if self.is_sde:
+            closing = self.last_step != "none"
+            end = 1 - self.last_step_size if closing else self.end
+            grid = time_grid(self.num_steps - closing, start=self.start, end=end, shift=self.shift).to(x.device)
+            return sde(
+                field,
+                x,
+                grid,
+                interpolant,
+                noise,
+                diffusion=Diffusion(self.diffusion),
+                corrector=self.method == "sde_heun",
+                last_step=self.last_step,
+            )[-1]
         solve = {"euler": euler, "heun": heun, "dopri5": dopri5}[self.method]
-        return solve(field, x, time_grid(self.num_steps, shift=self.shift).to(x.device))[-1]
+        grid = time_grid(self.num_steps, start=self.start, end=self.end, shift=self.shift)
+        return solve(field, x, grid.to(x.device))[-1]

@@ -12,12 +12,14 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from pathlib import Path
 from typing import Any, NoReturn
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 
 # verb: (what it says of itself, the stages it is for; None for all)
 STAGE_VERBS: dict[str, tuple[str, tuple[str, ...] | None]] = {
+    "encode": ("the data: images to Parquet shards of pixels or latents", ("data",)),
     "run": ("the whole workflow; running it again resumes and skips what is done", None),
     "train": ("data, base and arms", ("arms",)),
     "slow-flow": ("the Slow Flow measurement of the base", ("slow-flow/base",)),
@@ -26,7 +28,7 @@ STAGE_VERBS: dict[str, tuple[str, tuple[str, ...] | None]] = {
 }
 
 
-VERBS = (*STAGE_VERBS, "plan", "report", "replay", "doctor")
+VERBS = (*STAGE_VERBS, "plan", "report", "import", "export", "replay", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -115,8 +117,22 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--force", action="append", default=[], metavar="STAGE", help="redo a stage or all stages of a kind"
         )
-    verb("plan", "check everything and show what a run would do, without doing it", _plan)
+    sub = verb("plan", "check everything and show what a run would do, without doing it", _plan)
+    sub.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches, for the hours")
+    sub.add_argument("--peak-tflops", type=float, default=989.0, help="of a device; 989 is an H100's in bf16")
     verb("report", "make the report anew from what is in the workspace", _report)
+    convert = verb("import", "a published checkpoint to one file, with the sections that use it", _import, False)
+    convert.add_argument("source", metavar="SOURCE", help="a .pt or .safetensors file, or a diffusers directory of SD3")
+    convert.add_argument("target", metavar="TARGET", help="the file to write, .safetensors or .pt")
+    convert.add_argument("--family", choices=("sit", "repa", "rae"), help="where the file does not say it")
+    convert.add_argument(
+        "--set", dest="given", action="append", default=[], metavar="KEY=VALUE", help="what the file does not say"
+    )
+    export = verb("export", "a run's weights in the layout of its family", _export)
+    export.add_argument("arm", metavar="ARM", help="an arm that trains, or base")
+    export.add_argument("target", metavar="TARGET", help=".pt, .safetensors, or for SD3 a directory")
+    export.add_argument("--replicate", type=int, default=0, metavar="K", help="which of its runs, 0 at first")
+    export.add_argument("--adapters", action="store_true", help="of a LoRA run, the adapters alone")
     verb("replay", "send MLflow what it has not seen", _replay, experiment=False)
     verb("doctor", "look at Ray, GPUs, object storage, MLflow and versions, and say how to mend them", _doctor, False)
     return parser
@@ -124,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     from orchestration import tracking
-    from orchestration.experiment import load
+    from orchestration.recipe import load
     from orchestration.report import slow_flow_table
     from orchestration.run import open_place, run_experiment
 
@@ -152,18 +168,29 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
-    from orchestration.experiment import load
-    from orchestration.plan import make_plan, plan_text
+    from orchestration.plan import cost_lines, costs, make_plan, plan_text
+    from orchestration.recipe import filled, read, to_be_given, validated
     from orchestration.run import open_place
 
-    plan = make_plan(load(arguments.experiment, arguments.overrides), open_place())
+    for name in ("mfu", "peak_tflops"):
+        if not getattr(arguments, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}")
+    raw = read(arguments.experiment, arguments.overrides)
+    missing = to_be_given(raw)
+    if missing:
+        plan = costs(validated(arguments.experiment, filled(raw)))
+        if not arguments.json:
+            print("\n".join(cost_lines(plan, arguments.mfu, arguments.peak_tflops)))
+        print(f"error: {arguments.experiment}: to be given: {', '.join(missing)}; add --set KEY=VALUE", file=sys.stderr)
+        return {**plan, "to_be_given": missing, "exit_code": WRONG_INPUT}
+    plan = make_plan(validated(arguments.experiment, raw), open_place())
     if not arguments.json:
-        print(plan_text(plan))
+        print(plan_text(plan, arguments.mfu, arguments.peak_tflops))
     return plan
 
 
 def _report(arguments: argparse.Namespace) -> dict[str, Any]:
-    from orchestration.experiment import load
+    from orchestration.recipe import load
     from orchestration.run import open_place, run_experiment
     from orchestration.workflow import Workspace
 
@@ -179,6 +206,37 @@ def _report(arguments: argparse.Namespace) -> dict[str, Any]:
     if not arguments.json:
         print(outcome["report"])
     return outcome
+
+
+def _import(arguments: argparse.Namespace) -> dict[str, Any]:
+    import yaml
+
+    from orchestration.convert import import_weights
+    from orchestration.recipe import parse_overrides
+
+    given = parse_overrides(arguments.given)
+    answer = import_weights(Path(arguments.source), Path(arguments.target), family=arguments.family, given=given)
+    if not arguments.json:
+        print(yaml.safe_dump(answer, sort_keys=False, default_flow_style=None, width=120), end="")
+    return answer
+
+
+def _export(arguments: argparse.Namespace) -> dict[str, Any]:
+    from orchestration.convert import export_weights
+    from orchestration.recipe import load
+    from orchestration.run import open_place
+
+    answer = export_weights(
+        load(arguments.experiment, arguments.overrides),
+        open_place(),
+        arguments.arm,
+        arguments.replicate,
+        Path(arguments.target),
+        adapters=arguments.adapters,
+    )
+    if not arguments.json:
+        print(f"{answer['stage']}: {answer['written']}")
+    return answer
 
 
 def _replay(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -69,6 +69,13 @@ def connect(environment: dict[str, str]) -> None:
         ray.init(address="local", include_dashboard=False, object_store_memory=256 * 2**20, **options)
 
 
+def is_joined() -> bool:
+    """Whether this process is a cluster's driver already."""
+    import ray
+
+    return bool(ray.is_initialized())
+
+
 def check_local_machine(cluster: Cluster) -> None:
     """Refuses what a cluster started here could not hold; a running cluster (RAY_ADDRESS) is asked when it is joined.
 

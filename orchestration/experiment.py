@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, replace
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal, Self
 
-import yaml
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
+from mixflow_core.interpolant import PathName
+from mixflow_core.loss import Prediction, Weighting, times_defined
 from mixflow_core.mixture import SlowedMixture
 from mixflow_core.samplers import Sampler
+from orchestration.wording import one_line
+from workers.codecs import CodecConfig
 from workers.config import Frozen, RunConfig, Training
+from workers.encode import Images
 from workers.evaluate import METRICS
 from workers.manifest import canonical_hash
-from workers.models.sit import SiTConfig
+from workers.models.family import ModelConfig
+from workers.models.sd3 import SD3Config
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 STANDARD = SlowedMixture(time_law="uniform", slowing_law="interval", gamma=0.0, target_time="m")
@@ -39,24 +41,36 @@ class Digits(Frozen):
 
 
 class Data(Frozen):
-    """Where the images come from: either `digits`, or `shards`, the URI of a directory in this project's format."""
+    """Where the images come from.
+
+    Attributes:
+        digits: scikit-learn's handwritten digits, as pixels.
+        shards: the URI of a directory in this project's format, pixels or latents.
+        images: a folder, WebDataset or Parquet of images, to be encoded by the experiment's codec.
+    """
 
     digits: Digits | None = None
     shards: str | None = None
+    images: Images | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Self:
-        if (self.digits is None) == (self.shards is None):
-            raise ValueError("data must give exactly one of 'digits' and 'shards'; remove or add one")
+        if sum(given is not None for given in (self.digits, self.shards, self.images)) != 1:
+            raise ValueError("data must give exactly one of 'digits', 'shards' and 'images'; remove or add one")
         return self
 
 
 class Base(Frozen):
-    """The model that is post-trained: given by `checkpoint` (a URI, with its `sha256`), or trained here by `train`."""
+    """The model that is post-trained: given by `checkpoint` (a URI, with its `sha256`), or trained here by `train`.
+
+    Attributes:
+        mixture: the times it was trained with, m = t: the standard arm goes on with them.
+    """
 
     checkpoint: str | None = None
     sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
     train: Training | None = None
+    mixture: SlowedMixture = STANDARD
 
     @model_validator(mode="after")
     def _one(self) -> Self:
@@ -64,7 +78,17 @@ class Base(Frozen):
             raise ValueError("base must give exactly one of 'checkpoint' and 'train'; remove or add one")
         if (self.checkpoint is None) != (self.sha256 is None):
             raise ValueError("base must give 'checkpoint' and 'sha256' together; sha256sum FILE prints it")
+        if self.mixture.gamma or self.mixture.slowing_law != "interval":
+            raise ValueError("base.mixture must be standard interpolation, m = t; set its gamma to 0")
         return self
+
+
+class Guide(Frozen):
+    """The weaker model of autoguidance: a checkpoint (URI and SHA-256) of its own shape."""
+
+    model: ModelConfig
+    checkpoint: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
 
 
 class Arm(Frozen):
@@ -140,7 +164,10 @@ class Experiment(Frozen):
     Attributes:
         name: also the name of the MLflow experiment.
         seed: of everything; replicates derive theirs from it.
-        model, path: of the base, and so of every arm.
+        model, path, prediction, weighting: of the base, and so of every arm.
+        codec: between pixels and the latents that the model sees; None for a model of pixels.
+        guide: what autoguidance guides away from; None without.
+        alignment_weight: of REPA's alignment loss in every training; 0 is without it.
         training: of every arm.
         mixture: the slowed interpolation mixture under test.
         arms: name -> arm; each slowed arm needs its controls beside it: standard training and its matched marginal.
@@ -150,9 +177,14 @@ class Experiment(Frozen):
     name: str = Field(pattern=NAME)
     seed: int = Field(default=0, ge=0)
     data: Data
-    model: SiTConfig
-    path: Literal["linear", "gvp"] = "linear"  # VP has no velocity at t = 1, which the time laws reach
+    codec: CodecConfig | None = None
+    model: ModelConfig
+    path: PathName = "linear"
+    prediction: Prediction = "velocity"
+    weighting: Weighting = "none"
     base: Base
+    guide: Guide | None = None
+    alignment_weight: float = Field(default=0.0, ge=0)
     training: Training
     mixture: SlowedMixture
     arms: Mapping[str, Arm]
@@ -162,7 +194,24 @@ class Experiment(Frozen):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        digits = self.data.digits
+        self._check_data()
+        for where, training in (("training", self.training), ("base.train", self.base.train)):
+            if training and self.cluster.num_workers > training.num_shards:
+                raise ValueError(
+                    f"cluster.num_workers must be at most {where}.num_shards {training.num_shards}, "
+                    f"got {self.cluster.num_workers}; raise num_shards"
+                )
+            if training and training.sharded and training.num_shards % self.cluster.num_workers:
+                raise ValueError(
+                    f"cluster.num_workers must divide {where}.num_shards {training.num_shards} where training is "
+                    f"sharded, got {self.cluster.num_workers}"
+                )
+        self._check_samplers()
+        self._check_arms()
+        return self
+
+    def _check_data(self) -> None:
+        digits, is_lora = self.data.digits, isinstance(self.model, SD3Config) and self.model.lora_rank > 0
         if digits and (self.model.input_size, self.model.in_channels) != (digits.image_size, 1):
             raise ValueError(
                 f"model.input_size must be data.digits.image_size {digits.image_size} with in_channels 1, "
@@ -170,16 +219,44 @@ class Experiment(Frozen):
             )
         if digits and self.model.num_classes != 10:
             raise ValueError(f"model.num_classes must be 10 for the digits, got {self.model.num_classes}")
-        for where, training in (("training", self.training), ("base.train", self.base.train)):
-            if training and self.cluster.num_workers > training.num_shards:
+        if digits and self.codec:
+            raise ValueError("codec must be left out for data.digits, which are trained on as pixels")
+        if self.data.images and not self.codec:
+            raise ValueError("codec must be given for data.images; {kind: identity, image_size: ...} keeps pixels")
+        projectors = getattr(self.model, "projector_dims", ())
+        if self.alignment_weight and len(projectors) != 1:
+            raise ValueError(
+                f"alignment_weight must be 0 for a model without exactly one projector, got {self.alignment_weight}; "
+                "set model.projector_dims"
+            )
+        if is_lora and self.base.train:
+            raise ValueError("model.lora_rank must be 0 for a base that is trained here; give base.checkpoint")
+
+    def _check_samplers(self) -> None:
+        lowest, highest = times_defined(self.path, self.prediction)
+        for sampler in self.evaluation.samplers:
+            end = sampler.end if not sampler.is_sde or sampler.last_step == "none" else 1 - sampler.last_step_size
+            if sampler.start < lowest or end > highest:
                 raise ValueError(
-                    f"cluster.num_workers must be at most {where}.num_shards {training.num_shards}, "
-                    f"got {self.cluster.num_workers}; raise num_shards"
+                    f"evaluation.samplers must stay in [{lowest:g}, {highest:g}] for {self.prediction} prediction on "
+                    f"path {self.path}, got {sampler.name}; set its start and end"
                 )
-        if self.model.null_label is None and any(s.guidance_scale != 1 for s in self.evaluation.samplers):
-            raise ValueError("evaluation.samplers must have guidance_scale 1 for a model with class_dropout_prob 0")
-        self._check_arms()
-        return self
+            if sampler.guidance_scale == 1:
+                continue
+            if sampler.guidance == "autoguidance" and self.guide is None:
+                raise ValueError(f"guide must be given for {sampler.name}; add its model, checkpoint and sha256")
+            if sampler.guidance == "classifier_free" and self.model.null_label is None:
+                raise ValueError("evaluation.samplers must have guidance_scale 1 for a model with class_dropout_prob 0")
+            if sampler.guidance_channels > self.model.in_channels:
+                raise ValueError(
+                    f"guidance_channels must be at most model.in_channels {self.model.in_channels}, "
+                    f"got {sampler.guidance_channels}"
+                )
+        if self.guide:
+            mine, guides = self.model, self.guide.model
+            shape = (mine.in_channels, mine.input_size, mine.num_classes)
+            if (guides.in_channels, guides.input_size, guides.num_classes) != shape:
+                raise ValueError("guide.model must have the model's in_channels, input_size and num_classes")
 
     def _check_arms(self) -> None:
         for name in self.arms:
@@ -189,11 +266,15 @@ class Experiment(Frozen):
                     "because it becomes part of paths"
                 )
         mixtures = {name: self.mixture_of(name) for name, arm in self.arms.items() if arm.train}
-        if STANDARD not in mixtures.values():
-            raise ValueError(
-                "arms must include standard training {mixture: {time_law: uniform, slowing_law: interval, gamma: 0, "
-                "target_time: m, condition_on: t, shift: 1}}; add it as 'standard'"
-            )
+        if self.standard not in mixtures.values():
+            law = json.dumps(asdict(self.standard)).replace('"', "")
+            raise ValueError(f"arms must include standard training {{mixture: {law}}}; add it as 'standard'")
+        for name, mixture in mixtures.items():
+            if self.path == "vp" and mixture.interval[1] > 0.99999:
+                raise ValueError(
+                    f"arms.{name}.mixture.interval must end at 0.99999 or before on path vp, whose sigma has no "
+                    f"derivative at 1, got {list(mixture.interval)}"
+                )
         for name, mixture in mixtures.items():
             if not mixture.is_standard and replace(mixture, condition_on="m") not in mixtures.values():
                 raise ValueError(
@@ -201,21 +282,23 @@ class Experiment(Frozen):
                     f"add {{mixture: {{condition_on: m}}}} beside its own settings"
                 )
 
+    @property
+    def standard(self) -> SlowedMixture:
+        """The law of the standard arm, which is the base's own."""
+        return _one_form(self.base.mixture)
+
     def mixture_of(self, arm: str) -> SlowedMixture:
         """The mixture that an arm trains on."""
         merged = {**asdict(self.mixture), **self.arms[arm].mixture}
         try:
             mixture = TypeAdapter(SlowedMixture).validate_json(json.dumps(merged))
         except ValidationError as error:
-            raise ValueError(f"arms.{arm}.mixture: {_one_line(error, SlowedMixture)}") from error
-        if mixture.slowing_law == "interval" and mixture.gamma == 0:
-            # With m = t the target's time and the told time say nothing: one form for one law.
-            return replace(mixture, condition_on="t", target_time="m")
-        return mixture
+            raise ValueError(f"arms.{arm}.mixture: {one_line(error, SlowedMixture)}") from error
+        return _one_form(mixture)
 
     def controls_of(self, arm: str) -> list[str]:
         """The arms that `arm` is judged against: standard training, and the matched marginal of what is slowed."""
-        names = [name for name, a in self.arms.items() if a.train and self.mixture_of(name) == STANDARD][:1]
+        names = [name for name, a in self.arms.items() if a.train and self.mixture_of(name) == self.standard][:1]
         slowed = {name: self.mixture_of(name) for name, a in self.arms.items() if a.train}
         own = slowed.get(arm)
         for name, mixture in slowed.items():
@@ -230,7 +313,7 @@ class Experiment(Frozen):
         """The base's own training: standard flow matching; None for a given checkpoint."""
         if self.base.train is None:
             return None
-        return self._run(STANDARD, self.base.train, derived_seed(self.seed, "base", 0))
+        return self._run(self.standard, self.base.train, derived_seed(self.seed, "base", 0))
 
     def arm_run(self, arm: str, replicate: int) -> RunConfig:
         """One run of an arm; data order, times, noise and dropout depend on the replicate alone."""
@@ -238,7 +321,7 @@ class Experiment(Frozen):
 
     def sampling_run(self) -> RunConfig:
         """The run configuration as far as sampling reads it, which is the same for all arms."""
-        return self._run(STANDARD, self.training, 0)
+        return self._run(self.standard, self.training, 0)
 
     def sampling_seed(self, replicate: int) -> int:
         """Seed of the starting noise of a replicate, the same in every arm."""
@@ -253,194 +336,22 @@ class Experiment(Frozen):
         return RunConfig(
             model=self.model,
             path=self.path,
+            prediction=self.prediction,
+            weighting=self.weighting,
             mixture=mixture,
             training=training,
+            alignment_weight=self.alignment_weight,
             seed=seed,
         )
+
+
+def _one_form(mixture: SlowedMixture) -> SlowedMixture:
+    """With m = t the target's time and the told time say nothing: one form for one law."""
+    if mixture.slowing_law == "interval" and mixture.gamma == 0:
+        return replace(mixture, condition_on="t", target_time="m", order="shift_then_slow")
+    return mixture
 
 
 def derived_seed(seed: int, use: str, number: int) -> int:
     """A seed keyed by what it is for: sums would make (0, 1) and (1, 0) the same."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{use}/{number}".encode()).digest()[:6], "little")
-
-
-# --------------------------------------------------------------------------------------------------- loading
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as everybody expects, and in which a key given twice is an error."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        """See yaml.SafeLoader."""
-        keys = [key.value for key, _ in node.value]
-        twice = next((key for key in keys if isinstance(key, str) and keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is given twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
-
-
-def recipes() -> list[str]:
-    """Names of the recipes that come with the project."""
-    folder = resources.files("orchestration.recipes")
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
-
-
-def load(name: str, overrides: Sequence[str] = ()) -> Experiment:
-    """An experiment from a recipe's name or a YAML file, with `dotted.key=value` overrides.
-
-    Raises:
-        ValueError: one line naming what is wrong, where, and the mend.
-    """
-    raw = _read(name)
-    for override in overrides:
-        _apply(raw, override)
-    for section, key in (("data", "shards"), ("base", "checkpoint")):
-        _make_absolute(raw.get(section), key)
-    try:
-        # Through JSON: in its strict mode arrays may become tuples and objects dataclasses, and nothing else is bent.
-        return Experiment.model_validate_json(json.dumps(raw))
-    except ValidationError as error:
-        raise ValueError(f"{name}: {_one_line(error)}") from error
-    except TypeError as error:
-        raise ValueError(f"{name}: values must be plain YAML numbers, strings, lists or maps; {error}") from error
-
-
-def _make_absolute(section: Any, key: str) -> None:
-    """A local path means the driver's directory, also where a worker reads it."""
-    value = section.get(key) if isinstance(section, dict) else None
-    if isinstance(value, str) and value and "://" not in value and not value.startswith("file:"):
-        section[key] = str(Path(value).expanduser().absolute())
-
-
-def _read(name: str) -> dict[str, Any]:
-    path = Path(name)
-    if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise ValueError(f"experiment file must exist, got {name!r}; correct the path")
-        try:
-            text = path.read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"experiment file must be readable text, got {name!r}; {error}") from error
-    elif name in recipes():
-        text = resources.files("orchestration.recipes").joinpath(f"{name}.yaml").read_text()
-    else:
-        raise ValueError(
-            f"unknown recipe {name!r}{_nearest(name, recipes())}; available are {', '.join(recipes())}, or a .yaml file"
-        )
-    try:
-        raw = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"experiment file must be YAML, got {name!r}; {' '.join(str(error).split())}") from error
-    if not isinstance(raw, dict):
-        raise ValueError(f"experiment file must be a map of settings, got {type(raw).__name__} in {name!r}; correct it")
-    return raw
-
-
-def _apply(raw: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ValueError(f"--set must be dotted.key=value, got {override!r}")
-    try:
-        value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"--set {key} must have a value that is YAML, got {text!r}") from error
-    *parents, last = key.split(".")
-    target: Any = raw
-    for parent in parents:
-        target = _step(target, parent, key)
-    if isinstance(target, list):
-        target[_index(target, last, key)] = value
-    else:
-        target[last] = value
-
-
-def _step(target: Any, part: str, key: str) -> Any:
-    if isinstance(target, list):
-        return target[_index(target, part, key)]
-    inner = target.setdefault(part, {})
-    if inner is None:
-        inner = target[part] = {}
-    if not isinstance(inner, dict | list):
-        raise ValueError(f"--set {key}: {part} must be a section, got the value {inner!r}")
-    return inner
-
-
-def _index(target: list[Any], part: str, key: str) -> int:
-    if not part.isdecimal() or int(part) >= len(target):
-        raise ValueError(f"--set {key}: {part!r} must be a place in a list of {len(target)}, counted from 0")
-    return int(part)
-
-
-def _one_line(error: ValidationError, root: type = Experiment) -> str:
-    """The first problem of a validation, in the words of this project."""
-    problem = error.errors(include_url=False)[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    value = problem["input"]
-    shown = f"a {type(value).__name__} of {len(value)}" if isinstance(value, list | dict) else repr(value)
-    if problem["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
-        return f"unknown key {where!r}{_nearest(str(problem['loc'][-1]), _known_keys(root, problem['loc'][:-1]))}"
-    if problem["type"] in ("missing", "missing_argument"):
-        return f"{where} must be given; add it"
-    if problem["type"] == "value_error":
-        section = ".".join(str(part) for part in problem["loc"])
-        text = problem["msg"].removeprefix("Value error, ")
-        return f"{section}.{text}" if section and not text.startswith(section) else text
-    rule = _rule(problem["type"], problem["msg"], problem.get("ctx", {}))
-    return f"{where} must {rule}, got {shown}; correct it"
-
-
-def _rule(kind: str, message: str, limits: Mapping[str, Any]) -> str:
-    """What pydantic asks for, to be read after "must"."""
-    known = {
-        "int_type": "be an integer",
-        "int_parsing": "be an integer",
-        "float_type": "be a number",
-        "string_type": "be text",
-        "bool_type": "be true or false",
-        "finite_number": "be finite",
-        "model_type": "be a map of settings",
-        "dataclass_type": "be a map of settings",
-        "mapping_type": "be a map of settings",
-        "dict_type": "be a map of settings",
-        "tuple_type": "be a list",
-        "greater_than_equal": "be at least {ge}",
-        "less_than_equal": "be at most {le}",
-        "greater_than": "be greater than {gt}",
-        "less_than": "be less than {lt}",
-        "too_short": "be a list of at least {min_length}",
-        "string_pattern_mismatch": "match {pattern}",
-    }
-    if kind in known:
-        return known[kind].format(**limits)
-    return message.removeprefix("Input should ").removeprefix("Value should ")
-
-
-def _known_keys(section: Any, location: tuple[Any, ...]) -> list[str]:
-    """The keys of the section at a location below `section`."""
-    for part in location:
-        fields = getattr(section, "model_fields", None) or getattr(section, "__dataclass_fields__", {})
-        if part in fields:
-            annotation = getattr(fields[part], "annotation", None) or getattr(fields[part], "type", None)
-            section = _section_class(annotation)
-        elif section is None:
-            return []
-    fields = getattr(section, "model_fields", None) or getattr(section, "__dataclass_fields__", {})
-    return list(fields)
-
-
-def _section_class(annotation: Any) -> Any:
-    """The configuration class inside an annotation such as `Base | None` or `tuple[Sampler, ...]`."""
-    if hasattr(annotation, "model_fields") or hasattr(annotation, "__dataclass_fields__"):
-        return annotation
-    inner = [_section_class(argument) for argument in getattr(annotation, "__args__", ())]
-    return next((found for found in inner if found is not None), None)
-
-
-def _nearest(word: str, known: Any) -> str:
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else (f"; known are {', '.join(known)}" if known else "")

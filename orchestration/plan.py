@@ -15,6 +15,7 @@ from orchestration import cluster, tracking
 from orchestration.experiment import Experiment
 from orchestration.run import Place, check_inputs, open_place
 from orchestration.workflow import Workspace
+from workers.cost import cost_of
 
 GIB = 2**30
 
@@ -29,7 +30,7 @@ def make_plan(experiment: Experiment, place: Place) -> dict[str, Any]:
     check_inputs(workspace)
     cluster.check_local_machine(experiment.cluster)
     states = {name: workspace.state(name) for name in workspace.stages}
-    size = model_size(experiment)
+    cost = cost_of(experiment.model)
     to_do = {name for name, state in states.items() if state == "to do"}
     to_train = [workspace.stages[n].settings["run"]["training"] for n in to_do if _is_training(workspace, n)]
     images = sum(training["steps"] * training["global_batch_size"] for training in to_train)
@@ -44,16 +45,55 @@ def make_plan(experiment: Experiment, place: Place) -> dict[str, Any]:
         "tracking": place.tracking_uri,
         "warnings": place.warnings,
         "stages": [{"name": name, "state": state} for name, state in states.items()],
-        "parameters": size["parameters"],
+        **costs(experiment),
         "training_steps": sum(training["steps"] for training in to_train),
-        "training_flops": 6.0 * size["multiplications"] * images,
-        "sampling_flops": 2.0 * size["multiplications"] * evaluations,
-        "memory_gib_per_worker": _memory(experiment, size) / GIB,
-        "storage_gib": (4 * size["parameters"] * kept * len(to_train) + _sample_bytes(experiment) * sampled) / GIB,
+        "training_flops": float(cost.training_flops * images),
+        "sampling_flops": float(cost.forward_flops * evaluations),
+        "storage_gib": (4 * cost.parameters * kept * len(to_train) + _sample_bytes(experiment) * sampled) / GIB,
     }
 
 
-def plan_text(plan: Mapping[str, Any]) -> str:
+def costs(experiment: Experiment) -> dict[str, Any]:
+    """What the model costs, whatever is done already and whether its files are there or not."""
+    cost, training = cost_of(experiment.model), experiment.training
+    shards = -(-training.num_shards // experiment.cluster.num_workers)
+    images = training.global_batch_size // training.num_shards * min(training.shards_per_pass or shards, shards)
+    memory = {
+        f"{'fsdp2' if sharded else 'ddp'}{', activations computed again' if again else ''}": cost.memory_bytes(
+            training.model_copy(update={"sharded": sharded, "activation_checkpointing": again}),
+            images,
+            experiment.cluster.num_workers,
+        )
+        / GIB
+        for sharded in (False, True)
+        for again in (False, True)
+    }
+    return {
+        "parameters": cost.parameters,
+        "trainable_parameters": cost.trainable,
+        "forward_gflops_per_image": cost.forward_flops / 1e9,
+        "training_gflops_per_image": cost.training_flops / 1e9,
+        "images_per_pass": images,
+        "memory_gib_per_worker": cost.memory_bytes(training, images, experiment.cluster.num_workers) / GIB,
+        "memory_gib_by_mode": memory,
+        "arm_flops": float(cost.training_flops * training.steps * training.global_batch_size),
+    }
+
+
+def cost_lines(plan: Mapping[str, Any], mfu: float, peak_tflops: float) -> list[str]:
+    """What the model costs, for a terminal; hours on one device that reaches the share `mfu` of `peak_tflops`."""
+    hours = plan["arm_flops"] / (mfu * peak_tflops * 1e12) / 3600
+    lines = [
+        f"model       {plan['parameters']:,} parameters, {plan['trainable_parameters']:,} of them train",
+        f"compute     {plan['forward_gflops_per_image']:.4g} GFLOP an image forward, "
+        f"{plan['training_gflops_per_image']:.4g} trained (2 for each multiply-add)",
+        f"one arm     {plan['arm_flops']:.3g} FLOPs, {hours:,.2f} device-hours at {mfu:.0%} of {peak_tflops:g} TFLOP/s",
+        f"memory      about {plan['memory_gib_per_worker']:.2f} GiB a worker, {plan['images_per_pass']} images a pass",
+    ]
+    return lines + [f"            {gib:9.2f} GiB with {mode}" for mode, gib in plan["memory_gib_by_mode"].items()]
+
+
+def plan_text(plan: Mapping[str, Any], mfu: float, peak_tflops: float) -> str:
     """The plan for a terminal."""
     import yaml
 
@@ -70,47 +110,17 @@ def plan_text(plan: Mapping[str, Any]) -> str:
         f"identity    {plan['identity']}",
         f"workspace   {plan['workspace']}",
         f"tracking    {plan['tracking']}",
-        f"model       {plan['parameters']:,} parameters",
-        f"training    {plan['training_steps']:,} steps, {plan['training_flops']:.3g} FLOPs",
+        *cost_lines(plan, mfu, peak_tflops),
+        f"training    {plan['training_steps']:,} steps to do, {plan['training_flops']:.3g} FLOPs",
         f"sampling    {plan['sampling_flops']:.3g} FLOPs",
-        f"memory      {plan['memory_gib_per_worker']:.2f} GiB a worker (weights, gradients, moments, EMA, activations)",
         f"storage     {plan['storage_gib']:.3f} GiB to be written",
     ]
     return "\n".join(lines)
 
 
-def model_size(experiment: Experiment) -> dict[str, int]:
-    """Parameters, and multiplications of one forward pass of one image (matrix products and attention)."""
-    import torch
-
-    from workers.models.sit import SiT
-
-    with torch.device("meta"):
-        model = SiT(experiment.model)
-    config = experiment.model
-    tokens = (config.input_size // config.patch_size) ** 2
-    parameters = sum(p.numel() for p in model.parameters())
-    matrices = {n: p.numel() for n, p in model.named_parameters() if p.ndim > 1}
-    del matrices["pos_embed"], matrices["y_embedder.embedding_table.weight"]  # looked up, not multiplied
-    # What makes the condition runs once an image, the rest once a token.
-    once = sum(count for name, count in matrices.items() if "adaLN" in name or name.startswith("t_embedder"))
-    attention = 2 * tokens * tokens * config.hidden_size * config.depth
-    multiplications = once + (sum(matrices.values()) - once) * tokens + attention
-    return {"parameters": parameters, "multiplications": multiplications, "tokens": tokens}
-
-
-def _memory(experiment: Experiment, size: Mapping[str, int]) -> float:
-    config, training = experiment.model, experiment.training
-    shards = -(-training.num_shards // experiment.cluster.num_workers)
-    images = training.global_batch_size // training.num_shards * min(training.shards_per_pass or shards, shards)
-    # About 34 numbers a token and unit of width are kept for the backward pass of a block, 4 bytes each.
-    activations = 34 * 4 * size["tokens"] * config.hidden_size * config.depth * images
-    return 4 * size["parameters"] * 5 + activations
-
-
 def _evaluations(experiment: Experiment) -> int:
-    """Network evaluations of one image in every cell."""
-    per_step = {"euler": 1, "heun": 2, "sde": 1, "dopri5": 100}
+    """Network evaluations of all images in every cell, guidance everywhere."""
+    per_step = {"euler": 1, "heun": 2, "sde": 1, "sde_heun": 2, "dopri5": 100}
     steps = sum(
         s.num_steps * per_step[s.method] * (1 if s.guidance_scale == 1 else 2) for s in experiment.evaluation.samplers
     )
@@ -118,8 +128,9 @@ def _evaluations(experiment: Experiment) -> int:
 
 
 def _sample_bytes(experiment: Experiment) -> int:
-    config, evaluation = experiment.model, experiment.evaluation
-    return config.in_channels * config.input_size**2 * evaluation.num_samples * len(evaluation.samplers)
+    config, codec, evaluation = experiment.model, experiment.codec, experiment.evaluation
+    pixels = 3 * codec.image_size**2 if codec else config.in_channels * config.input_size**2
+    return pixels * evaluation.num_samples * len(evaluation.samplers)
 
 
 def _is_training(workspace: Workspace, name: str) -> bool:

@@ -36,6 +36,7 @@ def write_report(workspace: Workspace, summary: Mapping[str, Any], directory: Pa
     figures = {
         "metrics.png": _metric_curves(experiment, summary),
         "slow_flow.png": slow_flow_plot(_slow_flow_results(workspace)),
+        "times.png": _times_plot(_realised_times(workspace)),
     }
     for name, content in figures.items():
         (directory / name).write_bytes(content)
@@ -150,6 +151,25 @@ def slow_flow_plot(measured: Mapping[str, Mapping[str, Any]]) -> bytes:
     return _png(draw, (3.4 * len(measured), 8))
 
 
+def _times_plot(realised: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """PNG of the laws of t, m and t - m as each arm drew them: densities over [0, 1]."""
+    columns = (("t", "t, what the network is told"), ("m", "m, where the sample lies"), ("lag", "t - m, the slowing"))
+
+    def draw(figure: Any) -> None:
+        for axis, (key, title) in zip(figure.subplots(1, len(columns)), columns, strict=True):
+            for colour, (name, found) in zip(cycle(COLOURS[1:]), realised.items(), strict=False):
+                bins = len(found[key])
+                density = [count * bins / found["num_draws"] for count in found[key]]
+                axis.stairs(density, found["edges"], color=colour, label=name if key == "t" else None)
+            axis.set_title(title, fontsize=9)
+            axis.tick_params(labelsize=8)
+            axis.grid(alpha=0.25)
+        if realised:
+            figure.legend(loc="outside lower center", ncols=6, fontsize=7)
+
+    return _png(draw, (12, 3.2))
+
+
 def _png(draw: Callable[[Any], None], size: tuple[float, float]) -> bytes:
     # The object interface of matplotlib: no pyplot, no global state, no display.
     from matplotlib.figure import Figure
@@ -168,6 +188,12 @@ def _slow_flow_results(workspace: Workspace) -> dict[str, Any]:
         if artifact:
             found[name.split("/")[1]] = json.loads(artifact.read("slow_flow.json"))
     return found
+
+
+def _realised_times(workspace: Workspace) -> dict[str, Any]:
+    """Histograms of the times that each arm trained on (replicate 0)."""
+    trained = [name for name, arm in workspace.experiment.arms.items() if arm.train]
+    return {name: json.loads(workspace.result(f"arms/{name}/0").read("times.json")) for name in trained}
 
 
 def _grids(workspace: Workspace) -> list[dict[str, Any]]:

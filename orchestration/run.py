@@ -13,15 +13,19 @@ from pathlib import Path
 from typing import Any
 
 from orchestration import cluster, results, tracking
+from orchestration.encode import encode
 from orchestration.experiment import Experiment
 from orchestration.launch import ControllerDiedError, Reporter, cache_directory, launch, start_reporter
 from orchestration.progress import Progress
 from orchestration.recording import Recorder
 from orchestration.report import slow_flow_plot, text_table, write_report
 from orchestration.storage import Storage, open_storage, s3_environment
-from orchestration.workflow import Stage, Workspace, needed_for
+from orchestration.workflow import Stage, Workspace, code_version, needed_for
 from workers import data as images
+from workers.codecs import CodecConfig, latent_shape_of
+from workers.encode import plan_encoding
 from workers.manifest import measure
+from workers.models.family import ModelConfig
 
 LEAST_HELD_OUT = 100  # a covariance of 64 features needs more images than features
 
@@ -69,37 +73,98 @@ def check_inputs(workspace: Workspace) -> None:
                     f"data.shards must be a directory with a manifest.json, got {experiment.data.shards!r}; "
                     "publish it, or correct the URI"
                 )
-    artifact = workspace.artifact("data")
-    if artifact:
-        directory = artifact.fetch(cache)
-        for split in images.SPLITS:
-            _check_split(experiment, split, *images.read_shards(directory, split))
-    if experiment.base.checkpoint and workspace.artifact("base") is None:
-        with _given_checkpoint(experiment):
-            pass  # readable, of the right hash and architecture
+    if experiment.codec:
+        _check_codec(experiment, experiment.codec)
+    if workspace.artifact("data"):
+        _check_data(workspace)
+    elif experiment.data.images and experiment.codec:
+        found = plan_encoding(experiment.data.images, experiment.codec).recipe.num_classes
+        if found != experiment.model.num_classes:
+            raise ValueError(
+                f"model.num_classes must be the {found} of data.images.source, got {experiment.model.num_classes}"
+            )
+    given = {"base": _given_base(experiment), "guide": _given_guide(experiment)}
+    for name, checkpoint in given.items():
+        if checkpoint and workspace.artifact(name) is None:
+            with _given_weights(checkpoint):
+                pass  # readable, of the right hash and architecture
     for stage in workspace.stages.values():
         artifact = workspace.artifact(stage.name)
         if artifact and workspace.storage.is_local:  # elsewhere what is read is verified when it is read
             artifact.fetch(cache)
 
 
-def _check_split(experiment: Experiment, name: images.Split, split: images.ImageSet, num_classes: int) -> None:
-    model, shape = experiment.model, split.images.shape[1:]
+def _check_data(workspace: Workspace) -> None:
+    directory = workspace.result("data").fetch(cache_directory())
+    for split in images.SPLITS:
+        _check_split(workspace.experiment, split, directory)
+
+
+def _check_split(experiment: Experiment, name: images.Split, directory: Path) -> None:
+    """Every shard: whether it is sound, and fits the model, the codec and the metrics."""
+    model, codec = experiment.model, experiment.codec.description if experiment.codec else None
+    present: set[int] = set()
+    count = 0
+    for part, num_classes in images.read_shards(directory, name):
+        present |= set(part.labels.tolist())
+        count += len(part.labels)
+        if part.codec != codec:
+            _refuse_codec(part.codec, codec)
+        if part.shape != (model.in_channels, model.input_size, model.input_size):
+            raise ValueError(
+                f"model.input_size and in_channels must fit the data's shape {part.shape}, "
+                f"got {model.input_size} and {model.in_channels}"
+            )
+        if num_classes != model.num_classes:
+            raise ValueError(f"model.num_classes must be the data's {num_classes}, got {model.num_classes}")
+        if (model.family == "sd3") != (part.captions is not None):
+            raise ValueError(
+                f"data must have {'captions' if model.family == 'sd3' else 'labels'} for model.family "
+                f"{model.family}, got the other; encode it for this model"
+            )
+        if part.codec is None and part.images.dtype != "uint8":
+            raise ValueError(f"data must be uint8 pixels, got {part.images.dtype} in {name}; the metrics read pixels")
+        if part.codec is not None and part.pixels is None:
+            raise ValueError(
+                f"data must keep the pixels of {name}, which the metrics read; set data.images.keep_pixels: all"
+            )
+        if experiment.alignment_weight and name == "train":
+            _check_features(experiment, part)
+    absent = sorted(set(range(model.num_classes)) - present)
+    if name == "train" and absent and model.family != "sd3":
+        raise ValueError(f"data must hold training images of every class, got none of class {absent[0]}; add some")
+    if name == "held_out" and count < LEAST_HELD_OUT:
+        raise ValueError(f"data must hold out at least {LEAST_HELD_OUT} images to compare with, got {count}; add some")
+
+
+def _refuse_codec(found: Mapping[str, Any] | None, wanted: Mapping[str, Any] | None) -> None:
+    if found is None or wanted is None:
+        kinds = [codec["kind"] if codec else "pixels" for codec in (found, wanted)]
+        raise ValueError(f"codec must be that of the data, {kinds[0]}, got {kinds[1]}; correct codec or the data")
+    key = next(key for key in {**found, **wanted} if found.get(key) != wanted.get(key))
+    raise ValueError(
+        f"codec.{key} must be the data's {found.get(key)!r}, got {wanted.get(key)!r}; encode the data anew"
+    )
+
+
+def _check_features(experiment: Experiment, part: images.ImageSet) -> None:
+    wanted = (experiment.model.num_tokens, experiment.model.projector_dims[0])  # type: ignore[union-attr]
+    found = None if part.features is None else part.features.shape[1:]
+    if found != wanted:
+        raise ValueError(
+            f"data must hold alignment features of {wanted[0]} tokens and width {wanted[1]}, got {found or 'none'}; "
+            "encode them with data.images.features, or set alignment_weight: 0"
+        )
+
+
+def _check_codec(experiment: Experiment, config: CodecConfig) -> None:
+    """Opens it: hashes, files, and the shape of its latents."""
+    shape = latent_shape_of(config)
+    model = experiment.model
     if shape != (model.in_channels, model.input_size, model.input_size):
         raise ValueError(
-            f"model.input_size and in_channels must fit the data's shape {shape}, "
-            f"got {model.input_size} and {model.in_channels}"
-        )
-    if num_classes != model.num_classes:
-        raise ValueError(f"model.num_classes must be the data's {num_classes}, got {model.num_classes}")
-    if split.images.dtype != "uint8":
-        raise ValueError(f"data must be uint8 pixels, got {split.images.dtype} in {name}; the metrics read pixels")
-    absent = sorted(set(range(num_classes)) - set(split.labels.tolist()))
-    if name == "train" and absent:
-        raise ValueError(f"data must hold training images of every class, got none of class {absent[0]}; add some")
-    if name == "held_out" and len(split.labels) < LEAST_HELD_OUT:
-        raise ValueError(
-            f"data must hold out at least {LEAST_HELD_OUT} images to compare with, got {len(split.labels)}; add some"
+            f"model.in_channels and input_size must fit the codec's latents {shape}, "
+            f"got {model.in_channels} and {model.input_size}"
         )
 
 
@@ -112,26 +177,54 @@ def _readable(name: str, uri: str) -> Iterator[None]:
         raise ValueError(f"{name} must be readable, got {uri!r} ({error}); correct the URI or the access") from error
 
 
+@dataclass(frozen=True)
+class _Given:
+    """A checkpoint that the experiment names."""
+
+    where: str
+    uri: str
+    sha256: str
+    model: ModelConfig
+
+
+def _given_base(experiment: Experiment) -> _Given | None:
+    base = experiment.base
+    if not base.checkpoint:
+        return None
+    return _Given("base", base.checkpoint, base.sha256 or "", experiment.model)
+
+
+def _given_guide(experiment: Experiment) -> _Given | None:
+    guide = experiment.guide
+    return _Given("guide", guide.checkpoint, guide.sha256, guide.model) if guide else None
+
+
 @contextmanager
-def _given_checkpoint(experiment: Experiment) -> Any:
-    """A local, verified, strictly fitting copy of the given base's weights as a state dict."""
+def _given_weights(given: _Given) -> Any:
+    """A local, verified, strictly fitting copy of given weights as a state dict."""
     from workers.models.checkpoints import check_architecture, load_weights
 
-    uri, sha256 = experiment.base.checkpoint or "", experiment.base.sha256
-    folder, _, name = uri.rpartition("/")
-    with tempfile.TemporaryDirectory(prefix="mixflow-base-") as scratch:
-        storage = open_storage(folder or ("/" if uri.startswith("/") else "."))
+    folder, _, name = given.uri.rpartition("/")
+    with tempfile.TemporaryDirectory(prefix="mixflow-given-") as scratch:
+        storage = open_storage(folder or ("/" if given.uri.startswith("/") else "."))
         path = Path(storage.uri) / name if storage.is_local else Path(scratch) / name
         if not storage.is_local:
-            with _readable("base.checkpoint", uri):
+            with _readable(f"{given.where}.checkpoint", given.uri):
                 path.write_bytes(storage.read(name))
+        if path.is_dir():
+            raise ValueError(
+                f"{given.where}.checkpoint must be a file, got the directory {given.uri!r}; "
+                "mixflow import makes a file of a diffusers directory"
+            )
         if not path.is_file():
-            raise ValueError(f"base.checkpoint must be a file, got {uri!r}, which does not exist")
+            raise ValueError(f"{given.where}.checkpoint must be a file, got {given.uri!r}, which does not exist")
         found = measure(path).sha256
-        if found != sha256:
-            raise ValueError(f"base.sha256 must be the checkpoint's {found}, got {sha256}; the file is another one")
+        if found != given.sha256:
+            raise ValueError(
+                f"{given.where}.sha256 must be the checkpoint's {found}, got {given.sha256}; the file is another one"
+            )
         weights = load_weights(path)
-        check_architecture(weights, experiment.model, uri)
+        check_architecture(weights, given.model, given.uri)
         yield weights
 
 
@@ -169,6 +262,8 @@ def run_experiment(
         cleanup.callback(progress.close)
         for line in [*place.warnings, *_stale(states)]:
             progress.say(f"warning: {line}")
+        if experiment.data.images and workspace.artifact("data") is None:
+            _encode(workspace, cleanup, progress)
         _driver_stages(workspace, stages, progress)
         pending = [stage for stage in workspace.pending(stages) if not stage.on_driver]
         restarts = experiment.cluster.max_failures
@@ -216,29 +311,50 @@ def _stale(states: Mapping[str, str]) -> list[str]:
     return [f"{len(stale)} stages were made by another version of the code and are kept; --force {stale[0]} redoes one"]
 
 
+def _encode(workspace: Workspace, cleanup: ExitStack, progress: Progress) -> None:
+    """The data stage of images that are still to be encoded: the only one that Ray Data works on."""
+    experiment, asked = workspace.experiment, workspace.experiment.cluster
+    assert experiment.data.images, "the caller knows"
+    assert experiment.codec, "the experiment was validated"
+    _join(workspace, cleanup, progress)
+
+    def tell(stage: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
+        progress.show({"stage": stage, "done": done, "total": total, "metrics": metrics})
+
+    encode(
+        workspace.storage,
+        workspace.path("data"),
+        experiment.data.images,
+        experiment.codec,
+        num_workers=asked.num_workers,
+        cpus_per_worker=asked.cpus_per_worker,
+        gpus_per_worker=asked.gpus_per_worker,
+        tell=tell,
+        about={"stage": "data", "code": code_version()},
+    )
+    _check_data(workspace)
+
+
 def _driver_stages(workspace: Workspace, stages: list[Stage], progress: Progress) -> None:
     """Data and a given base: they need no worker."""
     names = [stage.name for stage in stages]
     if "data" in names and workspace.artifact("data") is None:
         with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch:
             start, digits = time.monotonic(), workspace.experiment.data.digits
-            assert digits, "shards that are given were checked before"
+            assert digits, "shards that are given were checked, and images encoded, before"
             images.write_shards(images.digits(digits.image_size, digits.held_out), Path(scratch), num_classes=10)
             workspace.publish("data", Path(scratch), seconds=time.monotonic() - start)
         progress.show({"stage": "data", "done": 1, "total": 1, "metrics": {}})
-    if "base" in names and workspace.experiment.base.checkpoint and workspace.artifact("base") is None:
-        from safetensors.torch import save_file
+    for name, given in (("base", _given_base(workspace.experiment)), ("guide", _given_guide(workspace.experiment))):
+        if name not in names or given is None or workspace.artifact(name) is not None:
+            continue
+        from workers.models.checkpoints import save_weights
 
         start = time.monotonic()
-        with (
-            tempfile.TemporaryDirectory(prefix="mixflow-") as scratch,
-            _given_checkpoint(workspace.experiment) as weights,
-        ):
-            save_file(
-                {key: value.contiguous() for key, value in weights.items()}, Path(scratch) / "weights.safetensors"
-            )
-            workspace.publish("base", Path(scratch), seconds=time.monotonic() - start)
-        progress.show({"stage": "base", "done": 1, "total": 1, "metrics": {}})
+        with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch, _given_weights(given) as weights:
+            save_weights(weights, Path(scratch) / "weights.safetensors")
+            workspace.publish(name, Path(scratch), seconds=time.monotonic() - start)
+        progress.show({"stage": name, "done": 1, "total": 1, "metrics": {}})
 
 
 def _leave_cluster() -> None:
@@ -256,12 +372,19 @@ def _open_reporter(
         reporter = Reporter(place.storage.uri, place.tracking_uri, workspace.experiment.name, workspace.home)
         cleanup.callback(reporter.tracker.close)
         return reporter, ""
+    _join(workspace, cleanup, progress)
+    return start_reporter(workspace, place.tracking_uri)
+
+
+def _join(workspace: Workspace, cleanup: ExitStack, progress: Progress) -> None:
+    """Makes this process the driver of a cluster that can hold the experiment, if it is not yet."""
+    if cluster.is_joined():
+        return
     progress.say("starting Ray" if not os.environ.get("RAY_ADDRESS") else f"joining {os.environ['RAY_ADDRESS']}")
     cluster.connect(s3_environment(os.environ))
     cleanup.callback(_leave_cluster)
     cluster.check_resources(workspace.experiment.cluster)
-    cluster.check_shared(place.storage)
-    return start_reporter(workspace, place.tracking_uri)
+    cluster.check_shared(workspace.storage)
 
 
 def _finish(

@@ -23,11 +23,13 @@ from orchestration.results import cell_file
 from orchestration.storage import Storage
 from orchestration.workflow import Artifact, Stage, Workspace
 from workers.checkpoint import CheckpointStore
+from workers.codecs import open_codec
 from workers.config import RunConfig
-from workers.data import ImageSet, Split, open_shards
+from workers.data import ImageSet, Split, open_shards, realised_times, to_pixels
 from workers.evaluate import DigitFeatures, reference_of, score, train_features
 from workers.io import LocalIO
-from workers.models.sit import SiT
+from workers.models.family import Network, build
+from workers.models.sd3 import SD3
 from workers.sample import SampleSet, grid_png, sample_batch
 from workers.slow_flow import measure_slow_flow, new_probe, train_probe
 from workers.train import post_train
@@ -135,6 +137,7 @@ def _train(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[st
             {name: value.cpu().contiguous() for name, value in state.ema.items()}, directory / "weights.safetensors"
         )
         (directory / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in state.history))
+        (directory / "times.json").write_text(json.dumps(realised_times(run), indent=1))
         (directory / "run.json").write_text(json.dumps(stage.settings["run"], indent=1))
     return {"steps": run.training.steps, "checkpoints": f"{site.storage.uri}/{checkpoints}"}
 
@@ -178,10 +181,14 @@ def _samples(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[
     """Every cell's images: logical batches shared out over the workers, put together in their order."""
     run, settings = site.workspace.experiment.sampling_run(), stage.settings
     model, nfe = _model(site, inputs, run), {}
+    guide, decode = _guide(site, inputs), _decoder(site)
     cells = [Sampler(**sampler) for sampler in settings["samplers"]]
     for done, sampler in enumerate(cells):
         what = SampleSet(sampler, settings["num_samples"], settings["batch_size"], settings["seed"])
-        mine = {n: sample_batch(model, run, what, n, site.device) for n in site.share(what.num_batches)}
+        mine = {
+            n: sample_batch(model, run, what, n, site.device, guide=guide, decode=decode)
+            for n in site.share(what.num_batches)
+        }
         parts = site.gather({n: (s.pixels.numpy(), s.labels.numpy(), s.nfe) for n, s in mine.items()})
         if site.rank == 0:
             batches = [batch for _, batch in sorted(item for part in parts for item in part.items())]
@@ -192,15 +199,17 @@ def _samples(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[
             table = pa.table({"image": flat, "label": labels})
             about = {"shape": list(pixels.shape[1:]), "nfe": nfe[sampler.name]}
             pq.write_table(table.replace_schema_metadata({"mixflow": json.dumps(about)}), directory / f"{name}.parquet")
-            first = torch.from_numpy(pixels[:100])
-            grid_png(first, str(directory / f"{name}.png"), enlarge=max(1, 32 // run.model.input_size))
+            side = pixels.shape[-1]  # a report holds a sheet for each arm and cell
+            first = torch.from_numpy(pixels[: 100 if side < 64 else 20])
+            columns = 20 if side < 64 else 10
+            grid_png(first, str(directory / f"{name}.png"), columns=columns, enlarge=max(1, 32 // side))
             site.tell(stage.name, done + 1, len(cells), {})
     return {"nfe": nfe}
 
 
 def _metrics(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[str, Any]:
     """Every cell against the held-out images, cells shared out over the workers."""
-    held_out = torch.from_numpy(_data(site, inputs)["held_out"].images.copy())
+    held_out = torch.from_numpy(_data(site, inputs)["held_out"].seen.copy())
     weights = load_file(inputs["features"].fetch(site.cache) / "classifier.safetensors")
     net = DigitFeatures(held_out.shape[1], held_out.shape[2], len(weights["head.bias"]))
     net.load_state_dict(weights)
@@ -242,8 +251,35 @@ def _weights(site: Site, artifact: Artifact) -> dict[str, torch.Tensor]:
     return load_file(artifact.fetch(site.cache) / "weights.safetensors")
 
 
-def _model(site: Site, inputs: Inputs, run: RunConfig) -> SiT:
-    artifact = inputs["arms"] if "arms" in inputs else inputs["base"]
-    model = SiT(run.model)
-    model.load_state_dict(_weights(site, artifact))
+def _model(site: Site, inputs: Inputs, run: RunConfig) -> Network:
+    """The network of a stage: an arm's or the base's weights, or an arm's adapters on the base's."""
+    model = build(run.model).initialise(0)
+    given = [_weights(site, inputs[kind]) for kind in ("base", "arms") if kind in inputs]
+    answers = [model.load_state_dict(weights, strict=False) for weights in given]
+    wrong = set.intersection(*(set(answer.missing_keys) for answer in answers))
+    wrong.update(name for answer in answers for name in answer.unexpected_keys)
+    if wrong:
+        raise RuntimeError(f"weights must be those of the model, but {min(wrong)} is missing or not part of it")
+    if isinstance(model, SD3):
+        captions = _data(site, inputs)["train"].captions
+        assert captions, "data was checked to have captions"
+        model.set_captions(captions.text, captions.pooled)
     return model.to(site.device).eval()
+
+
+def _guide(site: Site, inputs: Inputs) -> Network | None:
+    guide = site.workspace.experiment.guide
+    if guide is None or "guide" not in inputs:
+        return None
+    model = build(guide.model)
+    model.load_state_dict(_weights(site, inputs["guide"]))
+    return model.to(site.device).eval()
+
+
+def _decoder(site: Site) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Latents, or pixels as numbers, to uint8 pixels on the CPU."""
+    config = site.workspace.experiment.codec
+    if config is None or config.kind == "identity":
+        return to_pixels
+    codec = open_codec(config, site.device)
+    return lambda latents: codec.decode(latents.to(site.device)).cpu()

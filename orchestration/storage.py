@@ -112,13 +112,25 @@ class Storage(abc.ABC):
         manifest = Manifest.describe(Path(directory), meta or {})
         if not manifest.files:
             raise ValueError(f"directory must hold files to publish, got {directory} with none; check its path")
-        text = manifest.to_json().encode()
-        target = _join(path, MANIFEST)
-        if not self.exists(target):
+        if not self.exists(_join(path, MANIFEST)):
             for name, entry in manifest.files.items():
                 self._copy_in(Path(directory) / name, _join(path, name), entry)
-            if self.put_new(target, text):
-                return manifest
+        return self.commit(path, manifest)
+
+    def put_file(self, source: Path, path: str) -> FileEntry:
+        """Copies a local file to the object `path`, creating or replacing it at once; returns its size and SHA-256."""
+        entry = measure(source)
+        self._copy_in(source, path, entry)
+        return entry
+
+    def commit(self, path: str, manifest: Manifest) -> Manifest:
+        """Makes `path` a published directory, whose files lie there already; see `publish`.
+
+        Raises:
+            FileExistsError: something else is published at `path`, or it was set aside.
+        """
+        if self.put_new(_join(path, MANIFEST), manifest.to_json().encode()):
+            return manifest
         found = self.manifest(path)
         if found is None or found.digest != manifest.digest:
             raise FileExistsError(

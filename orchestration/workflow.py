@@ -27,6 +27,8 @@ from workers.manifest import CorruptError, Manifest, canonical_hash
 
 log = logging.getLogger(__name__)
 LEASE_S = 60.0
+PATHS_OF_ENCODERS = {"features", "text_encoders", "max_unreadable"}
+PATHS_OF_CODEC = ("weights", "decoder", "statistics")  # where its files lie does not change what it computes
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Stage:
 
     @property
     def kind(self) -> str:
-        """What it does: data, base, features, slow-flow, arms, samples, metrics or report."""
+        """What it does: data, base, guide, features, slow-flow, arms, samples, metrics or report."""
         return self.name.split("/")[0]
 
 
@@ -87,8 +89,15 @@ def stages_of(experiment: Experiment) -> list[Stage]:
     """All stages of an experiment in an order that respects their inputs."""
     e = experiment
     base_run = e.base_run()
+    codec = {"codec": e.codec.description} if e.codec else {}
+    lora = getattr(e.model, "lora_rank", 0) > 0
     stages = [
-        Stage("data", e.data.model_dump(mode="json"), on_driver=True),
+        # Encoders are told apart by their hashes, wherever they lie.
+        Stage(
+            "data",
+            {**e.data.model_dump(mode="json", exclude_none=True, exclude={"images": PATHS_OF_ENCODERS}), **codec},
+            on_driver=True,
+        ),
         Stage(
             "base",
             {"run": base_run.model_dump(mode="json")}
@@ -97,18 +106,24 @@ def stages_of(experiment: Experiment) -> list[Stage]:
             ("data",) if base_run else (),
             on_driver=base_run is None,
         ),
+        *([Stage("guide", e.guide.model_dump(mode="json", exclude={"checkpoint"}), on_driver=True)] if e.guide else []),
         Stage("features", {"num_classes": e.model.num_classes, "path": e.path}, ("data",)),
     ]
     trained = [name for name, arm in e.arms.items() if arm.train]
     sampling_run = e.sampling_run().model_dump(mode="json", exclude={"training", "mixture", "seed"})
     replicates = range(e.replicates)
 
-    def slow_flow(of: str, weights: str) -> Stage:
+    def slow_flow(of: str, weights: tuple[str, ...]) -> Stage:
         settings = {"run": sampling_run, "num_samples": e.evaluation.slow_flow_samples, "seed": e.sampling_seed(0)}
-        return Stage(f"slow-flow/{of}", settings, ("data", "features", weights))
+        return Stage(f"slow-flow/{of}", settings, ("data", "features", *weights))
 
-    def weights_of(arm: str, replicate: int) -> str:
-        return f"arms/{arm}/{replicate}" if arm in trained else "base"
+    def weights_of(arm: str, replicate: int) -> tuple[str, ...]:
+        own = (f"arms/{arm}/{replicate}",) if arm in trained else ("base",)
+        return (*own, "base") if lora and arm in trained else own  # adapters alone are no model
+
+    guided = any(s.guidance == "autoguidance" and s.guidance_scale != 1 for s in e.evaluation.samplers)
+    # Captions and their embeddings lie beside the images.
+    beside = (*(["guide"] if guided else []), *(["data"] if e.model.family == "sd3" else []))
 
     def samples(arm: str, replicate: int) -> Stage:
         settings = {
@@ -117,15 +132,16 @@ def stages_of(experiment: Experiment) -> list[Stage]:
             "num_samples": e.evaluation.num_samples,
             "batch_size": e.evaluation.sample_batch_size,
             "seed": e.sampling_seed(replicate),
+            **({"codec": {**asdict(e.codec), **dict.fromkeys(PATHS_OF_CODEC)}} if e.codec else {}),
         }
-        return Stage(f"samples/{arm}/{replicate}", settings, (weights_of(arm, replicate),))
+        return Stage(f"samples/{arm}/{replicate}", settings, (*weights_of(arm, replicate), *beside))
 
-    stages.append(slow_flow("base", "base"))
+    stages.append(slow_flow("base", ("base",)))
     for k in replicates:
         for arm in trained:
             run = e.arm_run(arm, k).model_dump(mode="json")
             stages.append(Stage(f"arms/{arm}/{k}", {"run": run}, ("data", "base")))
-    stages += [slow_flow(arm, f"arms/{arm}/0") for arm in trained]
+    stages += [slow_flow(arm, weights_of(arm, 0)) for arm in trained]
     stages += [samples(arm, k) for k in replicates for arm in e.arms]
     for k in replicates:
         for arm in e.arms:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,6 +87,36 @@ def golden(family: str) -> tuple[dict, dict[str, Tensor]]:
     return json.loads((GOLDEN / f"{family}.json").read_text()), load_file(GOLDEN / f"{family}.safetensors")
 
 
-def published_keys() -> dict:
-    """State-dict names and shapes of the published SiT sizes."""
-    return json.loads(gzip.decompress((GOLDEN / "sit_keys.json.gz").read_bytes()))
+def published_keys(family: str = "sit") -> dict:
+    """State-dict names and shapes of a family's published sizes."""
+    return json.loads(gzip.decompress((GOLDEN / f"{family}_keys.json.gz").read_bytes()))
+
+
+def recipe_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
+    """A weight or input of the full-size cases; the recipe is stated in fullsize.json."""
+    bits = np.random.Generator(np.random.PCG64([zlib.crc32(name.encode()), seed]))
+    value = torch.from_numpy(bits.standard_normal(shape, np.float32))
+    if name in ("input_x", "t_embedder.W"):
+        return value
+    if len(shape) == 1:
+        return 1 + 0.2 * value if name.endswith(".weight") else 0.1 * value
+    fan_in = int(np.prod(shape[1:]))
+    if "embedding_table" in name:
+        return 0.5 * value
+    return (0.3 if "adaLN_modulation" in name else 0.8) * value / fan_in**0.5
+
+
+def assert_full_size(model: torch.nn.Module, name: str, position_table: Tensor, t: Tensor, sign: int) -> None:
+    """A real-size network with the recipe's weights says what the published one said; sign -1 for reversed time."""
+    info = json.loads((GOLDEN / "fullsize.json").read_text())
+    truth, config = info["models"][name]["out"], model.config
+    named = dict(model.named_parameters())
+    weights = {key: recipe_tensor(key, tuple(p.shape), info["seed"]) for key, p in named.items() if key != "pos_embed"}
+    model.load_state_dict({**model.state_dict(), **weights, "pos_embed": position_table})
+    x = recipe_tensor("input_x", (2, config.in_channels, config.input_size, config.input_size), info["seed"])
+    with torch.no_grad():
+        out = sign * model(x, t, torch.tensor([207, 1000]))
+    assert list(out.shape) == truth["shape"]
+    np.testing.assert_allclose([float(out.mean()), float(out.std())], [truth["mean"], truth["std"]], atol=1e-5)
+    flat = out.flatten()[np.linspace(0, out.numel() - 1, 64).astype(int)]
+    torch.testing.assert_close(flat, torch.tensor(truth["values"]), rtol=1e-4, atol=2e-5)

@@ -9,7 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from mixflow_core.interpolant import PathName
 from mixflow_core.loss import Prediction, Weighting
 from mixflow_core.mixture import SlowedMixture
-from workers.models.sit import SiTConfig
+from workers.models.family import ModelConfig
 
 
 class Frozen(BaseModel):
@@ -34,6 +34,9 @@ class Training(Frozen):
         precision: `fp32`, `tf32` (GPU matrix products) or `bf16` (autocast).
         reproducible: compute shard by shard and add gradients in shard order, so that every number of workers gives the
             same bits; slower and with one more copy of the gradients a worker.
+        sharded: FSDP2, for a model that does not fit one GPU; DDP otherwise. Not with `reproducible`.
+        activation_checkpointing: compute each block again in the backward pass instead of keeping its activations.
+        compile: compile each block; the bits differ from the uncompiled run's.
         log_every: steps between metrics (each the mean over those steps).
         checkpoint_every: steps between checkpoints, a multiple of log_every.
         keep_checkpoints: checkpoints kept besides the best by held-out loss.
@@ -50,6 +53,9 @@ class Training(Frozen):
     ema_decay: float = Field(default=0.9999, ge=0, lt=1)
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     reproducible: bool = False
+    sharded: bool = False
+    activation_checkpointing: bool = False
+    compile: bool = False
     log_every: int = Field(default=100, ge=1)
     checkpoint_every: int = Field(default=1000, ge=1)
     keep_checkpoints: int = Field(default=2, ge=1)
@@ -61,6 +67,8 @@ class Training(Frozen):
                 f"global_batch_size must be a multiple of num_shards {self.num_shards}, got {self.global_batch_size}; "
                 f"choose {self.global_batch_size // self.num_shards * self.num_shards or self.num_shards}"
             )
+        if self.sharded and self.reproducible:
+            raise ValueError("sharded must be false where reproducible is true, whose gradients are whole; choose one")
         if self.steps * self.num_shards >= 2**32:
             raise ValueError(
                 f"steps times num_shards must lie below 2**32, got {self.steps} x {self.num_shards}; lower one"
@@ -83,13 +91,16 @@ class RunConfig(Frozen):
         weighting: of the loss, for noise and score prediction.
         mixture: the law of (t, m).
         training: how long and how.
+        alignment_weight: of REPA's alignment loss, added to the velocity loss; 0 trains without it, and leaves the
+            projectors as they are. It needs a model with one projector and data with features.
         seed: of the data order, times, noise, label dropout and, where nothing else is given, the initial weights.
     """
 
-    model: SiTConfig
+    model: ModelConfig
     path: PathName = "linear"
     prediction: Prediction = "velocity"
     weighting: Weighting = "none"
     mixture: SlowedMixture
     training: Training
+    alignment_weight: float = Field(default=0.0, ge=0)
     seed: int = Field(ge=0)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,25 +25,116 @@ from workers.config import RunConfig
 from workers.manifest import MANIFEST, Manifest
 from workers.models.sit import drop_labels
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
+CAPTIONS = "captions.parquet"
+ARRAYS = ("images", "labels", "features", "pixels")
+
+
+class CaptionTable(NamedTuple):
+    """Text embeddings of captions, float16; the label of an image is its caption's row, the last row the empty one.
+
+    Attributes:
+        text: token embeddings (N + 1, L, D).
+        pooled: pooled embeddings (N + 1, P).
+        captions: the N captions and "".
+    """
+
+    text: np.ndarray
+    pooled: np.ndarray
+    captions: list[str]
 
 
 class ImageSet(NamedTuple):
-    """Images (N, C, H, W), uint8 pixels or float latents, with labels (N,) int64."""
+    """Images with labels, as pixels or as the latents of a codec.
+
+    Attributes:
+        images: (N, C, H, W): uint8 pixels, float latents, or posterior moments (mean and deviation, 2C channels).
+        labels: (N,) int64: classes, or rows of `captions`.
+        codec: what made the latents, as `codecs` describes it; None for pixels.
+        features: alignment targets (N, T, D) float16, None without.
+        pixels: the images behind the latents, (N, 3, S, S) uint8, None where they were not kept.
+        captions: None for class labels.
+    """
 
     images: np.ndarray
     labels: np.ndarray
+    codec: Mapping[str, Any] | None = None
+    features: np.ndarray | None = None
+    pixels: np.ndarray | None = None
+    captions: CaptionTable | None = None
 
-    def x1(self, rows: np.ndarray | slice) -> Tensor:
-        """What a model sees: pixels mapped to [-1, 1], latents as they are; float32."""
-        values = torch.from_numpy(np.require(self.images[rows], requirements="W"))
-        return values.float() / 127.5 - 1 if values.dtype == torch.uint8 else values.float()
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of what a model sees."""
+        channels, height, width = self.images.shape[1:]
+        return (channels // 2 if self.has_posterior else channels, height, width)
+
+    @property
+    def has_posterior(self) -> bool:
+        """Whether `images` are a posterior's moments, as a vae's are."""
+        return self.codec is not None and self.codec["kind"] == "vae"
+
+    @property
+    def seen(self) -> np.ndarray:
+        """The pixels, for what looks at images instead of latents.
+
+        Raises:
+            ValueError: they were not kept.
+        """
+        if self.codec is None:
+            return self.images
+        if self.pixels is None:
+            raise ValueError("data must keep the pixels beside the latents for this; encode them with --keep-pixels")
+        return self.pixels
+
+    def x1(self, rows: np.ndarray | slice, numbers: torch.Generator | None = None) -> Tensor:
+        """What a model sees, float32, see `to_latent`; a posterior is taken at its mean without `numbers`."""
+        stored = torch.from_numpy(np.require(self.images[rows], requirements="W"))
+        if not self.has_posterior:
+            return to_latent(self.codec, stored, None)
+        shape = (len(stored), *self.shape)
+        noise = torch.zeros(shape) if numbers is None else torch.randn(shape, generator=numbers)
+        return to_latent(self.codec, stored, noise)
 
     def y(self, rows: np.ndarray | slice) -> Tensor:
         """Labels (B,)."""
         return torch.from_numpy(np.require(self.labels[rows], requirements="W"))
+
+    def targets(self, rows: np.ndarray | slice) -> Tensor | None:
+        """Alignment targets (B, T, D), float32; None without."""
+        if self.features is None:
+            return None
+        return torch.from_numpy(np.require(self.features[rows], requirements="W")).float()
+
+
+def to_latent(codec: Mapping[str, Any] | None, stored: Tensor, noise: Tensor | None) -> Tensor:
+    """What a network trains on, of what a data set stores: arithmetic alone, without the codec's weights.
+
+    Args:
+        codec: what made the latents, None for pixels.
+        stored: (B, ...), on any device.
+        noise: standard normal (B, C, h, w), for a vae whose posterior is sampled; otherwise unused.
+
+    Returns:
+        float32 (B, C, h, w): pixels mapped to [-1, 1]; a vae's (mean + deviation noise - shift) scale, as SiT, REPA and
+        SD3 train on; other latents as they are.
+
+    Raises:
+        ValueError: the noise is missing or has another shape than the latents.
+    """
+    if codec is None:
+        return stored.float() / 127.5 - 1 if stored.dtype == torch.uint8 else stored.float()
+    if codec["kind"] != "vae":
+        return stored.float()
+    mean, deviation = stored.float().chunk(2, 1)
+    if codec["posterior"] == "mean":
+        return (mean - codec["shift"]) * codec["scale"]
+    if noise is None or noise.shape != mean.shape:
+        got = None if noise is None else tuple(noise.shape)
+        raise ValueError(f"noise must have the latents' shape {tuple(mean.shape)} for posterior sample, got {got}")
+    return (mean + deviation * noise - codec["shift"]) * codec["scale"]
 
 
 def to_pixels(x: Tensor) -> Tensor:
@@ -76,75 +168,192 @@ def digits(image_size: int, held_out: int) -> dict[Split, ImageSet]:
 def write_shards(splits: Mapping[Split, ImageSet], directory: Path, *, num_classes: int, rows: int = 4096) -> None:
     """Writes Parquet shards of at most `rows` images and statistics.json into an empty directory (no manifest)."""
     directory.mkdir(parents=True, exist_ok=True)
-    statistics: dict[str, Any] = {}
-    for split, (images, labels) in splits.items():
-        for number, start in enumerate(range(0, len(images), rows)):
-            part = images[start : start + rows]
-            flat = pa.FixedSizeListArray.from_arrays(pa.array(part.reshape(-1)), int(np.prod(part.shape[1:])))
-            about = {
-                "schema_version": SCHEMA_VERSION,
-                "shape": list(part.shape[1:]),
-                "dtype": str(part.dtype),
-                "num_classes": num_classes,
-            }
-            table = pa.table({"image": flat, "label": pa.array(labels[start : start + rows], pa.int64())})
-            table = table.replace_schema_metadata({"mixflow": json.dumps(about)})
-            pq.write_table(table, directory / f"{split}-{number:05d}.parquet")
-        statistics[split] = {
-            "num_images": len(images),
-            "mean": images.astype(np.float64).mean((0, 2, 3)).tolist(),
-            "std": images.astype(np.float64).std((0, 2, 3)).tolist(),
-            "per_class": np.bincount(labels, minlength=num_classes).tolist(),
+    statistics: dict[Split, list[Statistics]] = {}
+    for split, images in splits.items():
+        for number, start in enumerate(range(0, len(images.labels), rows)):
+            part = slice_of(images, slice(start, start + rows))
+            write_shard(part, shard_path(directory, split, number), num_classes=num_classes)
+            statistics.setdefault(split, []).append(Statistics.of(part, num_classes))
+    write_statistics(statistics, directory)
+
+
+def shard_path(directory: Path, split: Split, number: int) -> Path:
+    """Where a shard lies; shards are read in the order of their numbers."""
+    return directory / f"{split}-{number:05d}.parquet"
+
+
+def slice_of(images: ImageSet, rows: slice) -> ImageSet:
+    """The same set with these rows only."""
+    return images._replace(
+        images=images.images[rows],
+        labels=images.labels[rows],
+        features=None if images.features is None else images.features[rows],
+        pixels=None if images.pixels is None else images.pixels[rows],
+    )
+
+
+def write_shard(part: ImageSet, path: Path, *, num_classes: int) -> None:
+    """One Parquet file, whose bytes depend on its content alone."""
+    columns = {"image": part.images, "features": part.features, "pixels": part.pixels}
+    given = {name: values for name, values in columns.items() if values is not None}
+    about = {
+        "schema_version": SCHEMA_VERSION,
+        "num_classes": num_classes,
+        "codec": part.codec,
+        "columns": {name: {"shape": values.shape[1:], "dtype": str(values.dtype)} for name, values in given.items()},
+    }
+    arrays = {name: _column(values) for name, values in given.items()}
+    table = pa.table({**arrays, "label": pa.array(part.labels, pa.int64())})
+    pq.write_table(table.replace_schema_metadata({"mixflow": json.dumps(about)}), path)
+
+
+def _column(values: np.ndarray) -> pa.Array:
+    """(N, ...) as a fixed-size list a row."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), int(np.prod(values.shape[1:])))
+
+
+def write_captions(table: CaptionTable, directory: Path) -> None:
+    """The captions of a set beside its shards; labels are their rows."""
+    about = {"text": table.text.shape[1:], "pooled": table.pooled.shape[1:]}
+    columns = {"caption": pa.array(table.captions), "text": _column(table.text), "pooled": _column(table.pooled)}
+    content = pa.table(columns).replace_schema_metadata({"mixflow": json.dumps(about)})
+    pq.write_table(content, directory / CAPTIONS)
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Counts and per-channel sums of a part, which add up in any order of parts to the same counts, and in one fixed
+    order to the same bits.
+    """
+
+    num_images: int
+    sums: tuple[float, ...]
+    squares: tuple[float, ...]
+    per_class: Mapping[int, int]
+    per_channel: int
+
+    @classmethod
+    def of(cls, part: ImageSet, num_classes: int) -> Statistics:
+        """Statistics of one shard."""
+        values = part.images.astype(np.float64)
+        labels, counts = np.unique(part.labels, return_counts=True)
+        return cls(
+            num_images=len(part.labels),
+            sums=tuple(values.sum((0, 2, 3)).tolist()),
+            squares=tuple((values**2).sum((0, 2, 3)).tolist()),
+            per_class=dict(zip(labels.tolist(), counts.tolist(), strict=True)),
+            per_channel=int(np.prod(part.images.shape[2:])),
+        )
+
+
+def write_statistics(statistics: Mapping[Split, Sequence[Statistics]], directory: Path) -> None:
+    """statistics.json: number, mean and standard deviation by channel, images by class; parts added in their order."""
+    found = {}
+    for split, parts in statistics.items():
+        num_images = sum(part.num_images for part in parts)
+        count = num_images * parts[0].per_channel
+        mean = [sum(values) / count for values in zip(*(part.sums for part in parts), strict=True)]
+        square = [sum(values) / count for values in zip(*(part.squares for part in parts), strict=True)]
+        per_class: dict[int, int] = {}
+        for part in parts:
+            for label, images in part.per_class.items():
+                per_class[label] = per_class.get(label, 0) + images
+        found[split] = {
+            "num_images": num_images,
+            "mean": mean,
+            "std": [math.sqrt(max(0.0, s - m * m)) for m, s in zip(mean, square, strict=True)],
+            "per_class": {str(label): per_class[label] for label in sorted(per_class)},
         }
-    (directory / "statistics.json").write_text(json.dumps(statistics, indent=1))
+    (directory / "statistics.json").write_text(json.dumps(found, indent=1))
 
 
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def read_shards(directory: Path, split: Split) -> tuple[ImageSet, int]:
-    """Reads and checks every shard of a split; returns the images and the number of classes.
+def read_shards(directory: Path, split: Split) -> Iterator[tuple[ImageSet, int]]:
+    """Every shard of a split, read and checked, with the number of classes.
 
     Raises:
-        ValueError: a shard is unreadable, of another schema or shape than the first, holds a value that is not finite
-            or a label outside its classes; the message names the shard.
+        ValueError: a shard is unreadable, of another schema, shape or codec than the first, holds a value that is not
+            finite or a label outside its classes; the message names the shard.
     """
     paths = sorted(directory.glob(f"{split}-*.parquet"))
     if not paths:
         raise ValueError(f"data must hold {split}-*.parquet, got none in {directory}; write it with write_shards")
-    parts = [_read_shard(path) for path in paths]
-    for path, (images, _, num_classes) in zip(paths, parts, strict=True):
-        if images.shape[1:] != parts[0][0].shape[1:] or num_classes != parts[0][2]:
-            raise ValueError(f"data shards must all have one shape and number of classes; {path.name} differs")
-    return ImageSet(np.concatenate([p[0] for p in parts]), np.concatenate([p[1] for p in parts])), parts[0][2]
+    captions = read_captions(directory)
+    first = None
+    for path in paths:
+        part, num_classes = _read_shard(path)
+        if captions and num_classes != len(captions.captions) - 1:
+            raise ValueError(
+                f"data shard {path} must be of the {len(captions.captions) - 1} captions with embeddings in "
+                f"{CAPTIONS}, got {num_classes} captions; encode them together"
+            )
+        kind = (part.shape, part.images.dtype, num_classes, part.codec, part.features is None, part.pixels is None)
+        first = first or kind
+        if kind != first:
+            raise ValueError(f"data shards must all have one shape, codec and number of classes; {path.name} differs")
+        yield part._replace(captions=captions), num_classes
 
 
-def _read_shard(path: Path) -> tuple[np.ndarray, np.ndarray, int]:
+def read_captions(directory: Path) -> CaptionTable | None:
+    """The captions beside the shards; None for a set with class labels.
+
+    Raises:
+        ValueError: the file is unreadable, or an embedding is not finite.
+    """
+    path = directory / CAPTIONS
+    if not path.exists():
+        return None
     try:
         table = pq.read_table(path)
         about = json.loads(table.schema.metadata[b"mixflow"])
-        version = about["schema_version"]
-        flat = table["image"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        values = flat.reshape(table.num_rows, *about["shape"])  # a missing value reads as NaN
-        if not pa.types.is_integer(table["label"].type):
-            raise TypeError(f"label must be a column of integers, got {table['label'].type}")
-        labels = table["label"].cast(pa.int64()).fill_null(-1).to_numpy()  # a missing label is none of the classes
-        dtype, num_classes = np.dtype(about["dtype"]), about["num_classes"]
+        text, pooled = (_values(table, name, about[name]) for name in ("text", "pooled"))
+        captions = table["caption"].to_pylist()
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} must be a Parquet file of caption embeddings; {error}") from error
+    for name, values in (("text", text), ("pooled", pooled)):
+        finite = np.isfinite(values).reshape(len(values), -1).all(1)
+        if not finite.all():
+            row = int(finite.argmin())
+            raise ValueError(f"{path}: {name} embeddings must be finite, got others for {captions[row]!r} in row {row}")
+    return CaptionTable(text, pooled, captions)
+
+
+def _values(table: pa.Table, name: str, shape: Sequence[int]) -> np.ndarray:
+    """A column of fixed-size lists as an array (N, *shape); a missing value reads as NaN."""
+    flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+    return np.asarray(flat.reshape(table.num_rows, *shape))
+
+
+def _read_shard(path: Path) -> tuple[ImageSet, int]:
+    try:
+        table = pq.read_table(path)
+        about = json.loads(table.schema.metadata[b"mixflow"])
+        version, num_classes = about["schema_version"], about["num_classes"]
+        if version == SCHEMA_VERSION:
+            columns = about["columns"]
+            values = {name: _values(table, name, column["shape"]) for name, column in columns.items()}
+            if not pa.types.is_integer(table["label"].type):
+                raise TypeError(f"label must be a column of integers, got {table['label'].type}")
+            labels = table["label"].cast(pa.int64()).fill_null(-1).to_numpy()  # a missing label is none of the classes
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"data shard {path} must be a Parquet file of this project's schema; {error}") from error
     if version != SCHEMA_VERSION:
-        raise ValueError(f"data shard {path} must have schema version {SCHEMA_VERSION}, got {version}")
+        raise ValueError(f"data shard {path} must have schema version {SCHEMA_VERSION}, got {version}; write it anew")
     bad = np.flatnonzero((labels < 0) | (labels >= num_classes))
     if len(bad):
         raise ValueError(
             f"data shard {path}: label must lie in [0, {num_classes - 1}], got {labels[bad[0]]} in row {bad[0]}"
         )
-    finite = np.isfinite(values).reshape(len(values), -1).all(1)
-    if not finite.all():
-        raise ValueError(
-            f"data shard {path}: image values must be finite, got NaN or infinity in row {finite.argmin()}"
-        )
-    return values.astype(dtype, copy=False), labels, num_classes
+    for name, array in values.items():
+        finite = np.isfinite(array).reshape(len(array), -1).all(1)
+        if not finite.all():
+            raise ValueError(
+                f"data shard {path}: {name} values must be finite, got NaN or infinity in row {finite.argmin()}"
+            )
+    kept = {name: array.astype(columns[name]["dtype"], copy=False) for name, array in values.items()}
+    return ImageSet(kept["image"], labels, about["codec"], kept.get("features"), kept.get("pixels")), num_classes
 
 
 def open_shards(directory: Path, manifest: Manifest, cache: Path) -> dict[Split, ImageSet]:
@@ -153,7 +362,7 @@ def open_shards(directory: Path, manifest: Manifest, cache: Path) -> dict[Split,
     Row groups of Parquet cannot be read at random one image at a time; a memory map can, and it is shared by all
     workers of a machine through the page cache.
     """
-    home = cache / manifest.digest[:16]
+    home = cache / f"{manifest.digest[:16]}-{SCHEMA_VERSION}"
     cache.mkdir(parents=True, exist_ok=True)
     with (cache / f".{home.name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
@@ -161,17 +370,46 @@ def open_shards(directory: Path, manifest: Manifest, cache: Path) -> dict[Split,
             shutil.rmtree(home, ignore_errors=True)
             scratch = Path(tempfile.mkdtemp(dir=cache, prefix=".unpacking-"))
             for split in SPLITS:
-                images, _ = read_shards(directory, split)
-                np.save(scratch / f"{split}-images.npy", images.images)
-                np.save(scratch / f"{split}-labels.npy", images.labels)
+                _unpack(directory, split, scratch)
             (scratch / MANIFEST).write_text(Manifest.describe(scratch, {}).to_json())
             os.replace(scratch, home)
-    return {
-        split: ImageSet(
-            np.load(home / f"{split}-images.npy", mmap_mode="r"), np.load(home / f"{split}-labels.npy", mmap_mode="r")
-        )
-        for split in SPLITS
-    }
+    captions = None
+    if (home / "captions.json").exists():
+        names = json.loads((home / "captions.json").read_text())
+        text, pooled = (np.load(home / f"{name}.npy", mmap_mode="r") for name in ("text", "pooled"))
+        captions = CaptionTable(text, pooled, names)
+    return {split: _mapped(home, split, captions) for split in SPLITS}
+
+
+def _unpack(directory: Path, split: Split, scratch: Path) -> None:
+    """One shard at a time: a published set is larger than memory."""
+    paths = sorted(directory.glob(f"{split}-*.parquet"))
+    total, start = sum(pq.read_metadata(path).num_rows for path in paths), 0
+    maps: dict[str, np.ndarray] = {}
+    for part, _ in read_shards(directory, split):
+        for name in ARRAYS:
+            values = getattr(part, name)
+            if values is None:
+                continue
+            if name not in maps:
+                shape = (total, *values.shape[1:])
+                file = scratch / f"{split}-{name}.npy"
+                maps[name] = np.lib.format.open_memmap(file, mode="w+", dtype=values.dtype, shape=shape)
+            maps[name][start : start + len(values)] = values
+        start += len(part.labels)
+    (scratch / f"{split}.json").write_text(json.dumps(part.codec))
+    if part.captions:
+        np.save(scratch / "text.npy", part.captions.text)
+        np.save(scratch / "pooled.npy", part.captions.pooled)
+        (scratch / "captions.json").write_text(json.dumps(part.captions.captions))
+    for array in maps.values():
+        array.flush()  # type: ignore[attr-defined]
+
+
+def _mapped(home: Path, split: Split, captions: CaptionTable | None) -> ImageSet:
+    arrays = {name: np.load(path, mmap_mode="r") for name in ARRAYS if (path := home / f"{split}-{name}.npy").exists()}
+    codec = json.loads((home / f"{split}.json").read_text())
+    return ImageSet(codec=codec, captions=captions, **arrays)
 
 
 def _is_complete(home: Path) -> bool:
@@ -188,18 +426,32 @@ def _is_complete(home: Path) -> bool:
 
 @dataclass(frozen=True)
 class Batch:
-    """What one forward pass needs: data x1, labels y (already dropped), noise x0, uniforms u (B, 2) for (t, m)."""
+    """What one forward pass needs: data x1, labels y (already dropped), noise x0, uniforms u (B, 2) for (t, m).
+
+    `features` are alignment targets (B, T, D), None where the run does not align.
+    """
 
     x1: Tensor
     y: Tensor
     x0: Tensor
     u: Tensor
+    features: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """A copy on a device; from pinned memory it does not wait."""
         if device.type == "cpu":
             return self
-        return Batch(*(v.pin_memory().to(device, non_blocking=True) for v in (self.x1, self.y, self.x0, self.u)))
+        return self.made_of(None if v is None else v.pin_memory().to(device, non_blocking=True) for v in self.parts)
+
+    @property
+    def parts(self) -> tuple[Tensor | None, ...]:
+        """The tensors in the order of the fields."""
+        return (self.x1, self.y, self.x0, self.u, self.features)
+
+    @classmethod
+    def made_of(cls, parts: Iterable[Tensor | None]) -> Batch:
+        """The inverse of `parts`."""
+        return cls(*parts)  # type: ignore[arg-type]  # only the last may be None, and `parts` keeps their order
 
 
 @lru_cache(maxsize=4)
@@ -226,23 +478,39 @@ def shard_batch(run: RunConfig, data: ImageSet, step: int, shard: int) -> Batch:
     start = step * training.global_batch_size + shard * size
     rows = batch_rows(run.seed, start, size, len(data.labels))
     position = shard_position(step, shard, training.num_shards)
-    x1 = data.x1(rows)
+    x1 = data.x1(rows, generator(run.seed, "posterior", position) if data.has_posterior else None)
     u_drop = torch.rand(size, generator=generator(run.seed, "dropout", position))
     return Batch(
         x1=x1,
         y=drop_labels(data.y(rows), u_drop, run.model),
         x0=torch.randn(x1.shape, generator=generator(run.seed, "noise", position)),
         u=torch.rand(size, 2, generator=generator(run.seed, "time", position)),
+        features=data.targets(rows) if run.alignment_weight else None,
     )
+
+
+def realised_times(run: RunConfig, *, most: int = 2048, bins: int = 40) -> dict[str, Any]:
+    """Histograms over [0, 1] of t, m and t - m as the run drew them: of all its shards, or of `most` spread over it.
+
+    Returns:
+        Plain JSON: `edges` (bins + 1), the counts of `t`, `m` and `lag`, and `num_draws`.
+    """
+    training = run.training
+    size, count = training.global_batch_size // training.num_shards, training.steps * training.num_shards
+    positions = np.unique(np.linspace(0, count - 1, min(count, most)).astype(np.int64)).tolist()
+    u = torch.cat([torch.rand(size, 2, generator=generator(run.seed, "time", position)) for position in positions])
+    t, m = run.mixture.draw(u)
+    counts = {
+        name: torch.histc(values, bins, 0, 1).long().tolist() for name, values in (("t", t), ("m", m), ("lag", t - m))
+    }
+    return {"edges": [i / bins for i in range(bins + 1)], "num_draws": len(u), **counts}
 
 
 def join(batches: list[Batch]) -> Batch:
     """Shards joined into one batch, in their order."""
     if len(batches) == 1:
         return batches[0]
-    return Batch(
-        x1=torch.cat([b.x1 for b in batches]),
-        y=torch.cat([b.y for b in batches]),
-        x0=torch.cat([b.x0 for b in batches]),
-        u=torch.cat([b.u for b in batches]),
+    columns = zip(*(batch.parts for batch in batches), strict=True)
+    return Batch.made_of(
+        torch.cat([v for v in column if v is not None]) if column[0] is not None else None for column in columns
     )

@@ -15,6 +15,7 @@ from workers.data import ImageSet
 
 METRICS = ("fd_digits", "kid_digits", "precision", "recall", "fd_pixels")
 NUM_FEATURES = 64
+MOST_PIXELS = 1024
 
 
 class DigitFeatures(nn.Module):
@@ -45,7 +46,7 @@ class DigitFeatures(nn.Module):
 
 def train_features(data: ImageSet, held_out: ImageSet, num_classes: int) -> tuple[DigitFeatures, float]:
     """Trains the classifier on the train split, always the same way; returns it and its held-out accuracy."""
-    images, labels = torch.from_numpy(data.images.copy()), data.y(slice(None))
+    images, labels = torch.from_numpy(data.seen.copy()), data.y(slice(None))
     net = DigitFeatures(images.shape[1], images.shape[2], num_classes)
     numbers = generator(0, "init", 0)
     for module in net.modules():
@@ -64,7 +65,7 @@ def train_features(data: ImageSet, held_out: ImageSet, num_classes: int) -> tupl
             schedule.step()
     net.eval()
     with torch.no_grad():
-        hits = net(torch.from_numpy(held_out.images.copy())).argmax(1) == held_out.y(slice(None))
+        hits = net(torch.from_numpy(held_out.seen.copy())).argmax(1) == held_out.y(slice(None))
     return net, hits.double().mean().item()
 
 
@@ -103,5 +104,12 @@ def extract(net: DigitFeatures, pixels: Tensor, batch_size: int = 500) -> Tensor
 
 
 def as_vectors(pixels: Tensor) -> Tensor:
-    """Pixels scaled to [-1, 1] as vectors (N, C H W): distances in them see residual noise that features miss."""
-    return pixels.flatten(1).double() / 127.5 - 1
+    """Pixels scaled to [-1, 1] as vectors (N, D): distances in them see residual noise that features miss.
+
+    Images of more than MOST_PIXELS values are halved by averaging until they have no more: a covariance grows with the
+    square of them, and the time for its root with the cube.
+    """
+    x = pixels.double() / 127.5 - 1
+    while x[0].numel() > MOST_PIXELS:
+        x = functional.avg_pool2d(x, 2)
+    return x.flatten(1)

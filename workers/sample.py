@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mixflow_core.guidance import classifier_free
+from mixflow_core.guidance import ConditionalModel, autoguided, classifier_free
 from mixflow_core.interpolant import Interpolant
 from mixflow_core.loss import velocity_field
 from mixflow_core.rng import generator
-from mixflow_core.samplers import CountedField, Sampler
+from mixflow_core.samplers import CountedField, Field, Sampler
 from workers.config import RunConfig
 from workers.data import to_pixels
 
@@ -49,8 +51,27 @@ class Samples(NamedTuple):
 
 
 @torch.no_grad()
-def sample_batch(model: nn.Module, run: RunConfig, what: SampleSet, number: int, device: torch.device) -> Samples:
-    """Logical batch `number` of a sample set: the same bits on whatever worker, in whatever order."""
+def sample_batch(
+    model: nn.Module,
+    run: RunConfig,
+    what: SampleSet,
+    number: int,
+    device: torch.device,
+    *,
+    guide: nn.Module | None = None,
+    decode: Callable[[Tensor], Tensor] = to_pixels,
+) -> Samples:
+    """Logical batch `number` of a sample set: the same bits on whatever worker, in whatever order.
+
+    Args:
+        model: (x, t, y) -> prediction.
+        run: its configuration.
+        what: the sample set.
+        number: in [0, what.num_batches).
+        device: where to compute.
+        guide: the weaker model of autoguidance.
+        decode: samples (B, C, H, W) on the CPU -> uint8 pixels; a codec's for latents.
+    """
     indices = range(number * what.batch_size, min((number + 1) * what.batch_size, what.num_samples))
     labels = torch.tensor([i % run.model.num_classes for i in indices])
     x0 = start_noise(run, what.seed, indices).to(device)
@@ -59,13 +80,14 @@ def sample_batch(model: nn.Module, run: RunConfig, what: SampleSet, number: int,
     def noise(step: int) -> Tensor:
         return torch.stack([torch.randn(x0.shape[1:], generator=g) for g in sde_noise]).to(device)
 
-    field = sampling_field(model, run, labels.to(device), what.sampler.guidance_scale)
+    counted = [CountedField(network, len(labels)) for network in (model, guide) if network is not None]
+    field = sampling_field(counted[0], run, labels.to(device), what.sampler, counted[-1] if guide else None)
     x1 = what.sampler.run(field, x0, Interpolant(run.path), noise).cpu()
     finite = torch.isfinite(x1).flatten(1).all(1)
     if not finite.all():  # as pixels they would pass for black
         first = indices[int(finite.logical_not().nonzero()[0])]
         raise FloatingPointError(f"samples must be finite, but image {first} of {what.sampler.name} is not")
-    return Samples(to_pixels(x1), labels, field.nfe)
+    return Samples(decode(x1), labels, sum(network.nfe for network in counted))
 
 
 def start_noise(run: RunConfig, seed: int, indices: range) -> Tensor:
@@ -74,18 +96,43 @@ def start_noise(run: RunConfig, seed: int, indices: range) -> Tensor:
     return torch.stack([torch.randn(shape, generator=generator(seed, "sample_noise", i)) for i in indices])
 
 
-def sampling_field(model: nn.Module, run: RunConfig, y: Tensor, guidance_scale: float) -> CountedField:
-    """The velocity that a sampler integrates, guided, counting its evaluations.
+def sampling_field(
+    model: ConditionalModel,
+    run: RunConfig,
+    y: Tensor,
+    sampler: Sampler | None = None,
+    guide: ConditionalModel | None = None,
+) -> Field:
+    """The velocity that a sampler integrates, guided as it says; unguided without one.
 
     Raises:
-        ValueError: guidance was asked of a model that knows no null label.
+        ValueError: guidance was asked of a model that knows no null label, or autoguidance without a guide.
     """
     null_label = run.model.null_label
-    if guidance_scale != 1 and null_label is None:
-        raise ValueError("guidance_scale must be 1 for a model with class_dropout_prob 0, which has no null label")
-    guided = classifier_free(model, y, guidance_scale=guidance_scale, null_label=null_label or 0)
-    field = velocity_field(guided, Interpolant(run.path), run.prediction)
-    return CountedField(field, evaluations_per_call=1 if guidance_scale == 1 else 2)
+    guided: Field
+    if sampler is None or sampler.guidance_scale == 1:
+        guided = partial(_with_labels, model, y)
+    elif sampler.guidance == "autoguidance":
+        if guide is None:
+            raise ValueError("guidance must be classifier_free where the experiment gives no guide; add guide")
+        interval = sampler.open_guidance_interval
+        guided = autoguided(model, guide, y, guidance_scale=sampler.guidance_scale, interval=interval)
+    else:
+        if null_label is None:
+            raise ValueError("guidance_scale must be 1 for a model with class_dropout_prob 0, which has no null label")
+        guided = classifier_free(
+            model,
+            y,
+            guidance_scale=sampler.guidance_scale,
+            null_label=null_label,
+            num_channels=sampler.guidance_channels or None,
+            interval=sampler.open_guidance_interval,
+        )
+    return velocity_field(guided, Interpolant(run.path), run.prediction)
+
+
+def _with_labels(model: ConditionalModel, y: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    return model(x, t, y)
 
 
 def grid_png(pixels: Tensor, path: str, *, columns: int = 20, enlarge: int = 1) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from mixflow_core.interpolant import Interpolant, PathName
+from mixflow_core.loss import times_defined
 from mixflow_core.rng import generator
 from mixflow_core.samplers import euler, sde, time_grid
 from mixflow_core.slow_flow import NoiseLevelProbe, Quantiles, slowed_time
@@ -28,7 +30,7 @@ def new_probe(in_channels: int, image_size: int) -> NoiseLevelProbe:
 
 def train_probe(path: PathName, data: ImageSet) -> NoiseLevelProbe:
     """Trains the probe on true interpolations of the training images, always the same way."""
-    interpolant, probe = Interpolant(path), new_probe(*data.images.shape[1:3])
+    interpolant, probe = Interpolant(path), new_probe(*data.shape[:2])
     numbers = generator(0, "eval", 1)
     for parameter in probe.parameters():
         if parameter.ndim > 1:
@@ -69,17 +71,20 @@ def measure_slow_flow(
         t) with m_t <= t.
     """
     interpolant, indices = Interpolant(run.path), range(num_samples)
-    labels = torch.tensor([i % run.model.num_classes for i in indices])
+    present = torch.from_numpy(np.unique(data.labels))  # a caption of the held-out images may have no training image
+    labels = present[torch.arange(num_samples) % len(present)]
     x0 = start_noise(run, seed, indices)
     x1 = _same_class(data, labels, seed)
-    field = sampling_field(model, run, labels.to(device), 1.0)
+    field = sampling_field(model, run, labels.to(device))
 
-    times = time_grid(ODE_STEPS)[1:]
-    states = [state.cpu() for state in euler(field, x0.to(device), time_grid(ODE_STEPS).to(device))[1:]]
+    start, end = times_defined(run.path, run.prediction)
+    grid = time_grid(ODE_STEPS, start=start, end=end)
+    times = grid[1:]
+    states = [state.cpu() for state in euler(field, x0.to(device), grid.to(device))[1:]]
     slowed = torch.stack([slowed_time(state, interpolant, x0=x0, x1=x1) for state in states])
 
     noise = generator(seed, "sde_noise", 0)
-    sde_times = time_grid(SDE_STEPS, end=0.96)
+    sde_times = time_grid(SDE_STEPS, start=start, end=0.96)
     sde_states = sde(
         field,
         x0.to(device),

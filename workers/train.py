@@ -6,27 +6,26 @@ import contextlib
 import math
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
-from mixflow_core.ema import EMA
 from mixflow_core.interpolant import Interpolant
-from mixflow_core.loss import per_sample_loss
+from mixflow_core.loss import alignment_loss, per_sample_loss
 from mixflow_core.rng import generator
 from workers.checkpoint import TrainState
 from workers.config import RunConfig
 from workers.data import Batch, ImageSet, join, shard_batch
 from workers.io import RunIO
-from workers.models.sit import SiT
+from workers.models.sd3 import SD3
+from workers.state import Trained, Weights, whole
 
-T = TypeVar("T")
-Weights = Mapping[str, Tensor]
 NUM_HELD_OUT = 512
 
 
@@ -78,20 +77,11 @@ def post_train(
     """
     training, interpolant = run.training, Interpolant(run.path)
     _set_precision(training.precision)
-    model = SiT(run.model).initialise(run.seed).to(device)
-    if initial is not None:
-        model.load_state_dict(dict(initial))
-    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = _optimizer(run, parameters)
-    ema = EMA(parameters, training.ema_decay)
-
-    restored = io.restore() if io.rank == 0 else None
-    if restored:
-        _load(restored, model, ema, optimizer, parameters)
-    step, history = _from_rank_0(io, (restored.step, restored.history) if restored else (0, []))
-    if io.world_size > 1:
-        for value in _tensors(model, ema, optimizer):
-            dist.broadcast(value, 0)
+    trained = Trained(run, initial, io, device)
+    model, parameters, optimizer = trained.model, trained.parameters, trained.optimizer
+    if data.captions and isinstance(model, SD3):
+        model.set_captions(data.captions.text, data.captions.pooled)
+    step, history = trained.restore()
 
     shards = _shards_of(io.rank, io.world_size, training.num_shards, training.reproducible)
     gradients = (_OrderedGradients if training.reproducible else _JoinedGradients)(run, model, io.world_size)
@@ -105,6 +95,7 @@ def post_train(
         if training.grad_clip:
             nn.utils.clip_grads_with_norm_(parameters.values(), training.grad_clip, norm, foreach=True)
         # The reduced loss and the norm of the reduced gradient are the same on all ranks, so all of them stop here.
+        norm = whole(norm)
         if not torch.isfinite(loss + norm).item():
             if io.rank == 0:
                 io.wait()  # the error names the checkpoint that is still being written
@@ -112,7 +103,7 @@ def post_train(
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        ema.update(list(parameters.values()), step)
+        trained.ema.update(list(parameters.values()), step)
 
         window_loss += loss
         if step % training.log_every == 0 or step == training.steps:
@@ -126,34 +117,31 @@ def post_train(
             window_loss.zero_()
             window_start = time.perf_counter()
         if step % training.checkpoint_every == 0 or step == training.steps:
-            score = held_out_loss(run, model, ema.shadow, held_out, io, device)
+            with trained.averaged() as averaged:
+                score = held_out_loss(run, averaged, held_out, io, device)
             if not math.isfinite(score):  # the same on all ranks
                 if io.rank == 0:
                     io.wait()
                 raise NonFiniteLossError(step, [], io.last_checkpoint)
             history.append({"step": step, "eval/loss": score})
-            if io.rank == 0:
+            state = trained.state(step, history) if io.rank == 0 or training.sharded else None
+            if io.rank == 0 and state:
                 io.report(step, {"eval/loss": score})
-                io.save(_state(step, model, ema, optimizer, parameters, history), score)
+                io.save(state, score)
             window_start = time.perf_counter()
     if io.rank == 0:
         io.wait()
-    return _state(step, model, ema, optimizer, parameters, history)
+    return trained.state(step, history)
 
 
 @torch.no_grad()
-def held_out_loss(
-    run: RunConfig, model: SiT, ema: Weights, held_out: ImageSet, io: RunIO, device: torch.device
-) -> float:
-    """The run's own loss with the averaged weights, on held-out images at fixed noise and evenly spread times."""
+def held_out_loss(run: RunConfig, model: nn.Module, held_out: ImageSet, io: RunIO, device: torch.device) -> float:
+    """The run's own velocity loss on held-out images at fixed noise and evenly spread times."""
     interpolant, count = Interpolant(run.path), min(NUM_HELD_OUT, len(held_out.labels))
-    x1, y = held_out.x1(slice(0, count)), held_out.y(slice(0, count))
-    numbers = generator(0, "eval", 0)
+    x1 = held_out.x1(slice(0, count), generator(0, "eval", 1))
+    y, numbers = held_out.y(slice(0, count)), generator(0, "eval", 0)
     x0, u = torch.randn(x1.shape, generator=numbers), torch.rand(count, 2, generator=numbers)
     u[:, 0] = (torch.randperm(count, generator=numbers) + 0.5) / count
-
-    def averaged(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        return torch.func.functional_call(model, dict(ema), (x, t, y))
 
     # One sum for each logical shard, added in their order: the same bits whatever the number of workers.
     num_shards = run.training.num_shards
@@ -161,7 +149,7 @@ def held_out_loss(
     for shard in range(io.rank, num_shards, io.world_size):
         mine = slice(shard, None, num_shards)
         batch = Batch(x1[mine], y[mine], x0[mine], u[mine]).to(device)
-        sums[shard] = _loss(run, averaged, batch, interpolant)
+        sums[shard] = _loss(run, model, batch, interpolant)
     if io.world_size > 1:
         dist.all_reduce(sums)
     return sums.sum().item() / count
@@ -170,24 +158,33 @@ def held_out_loss(
 # ------------------------------------------------------------------------------------------------- gradients
 
 
-def _loss(run: RunConfig, model: Callable[..., Tensor], batch: Batch, interpolant: Interpolant) -> Tensor:
-    """Sum over the batch of Algorithm 1's loss."""
+def _loss(run: RunConfig, model: Callable[..., Any], batch: Batch, interpolant: Interpolant) -> Tensor:
+    """Sum over the batch of Algorithm 1's loss, and of REPA's alignment loss where the batch has its targets."""
     pair = run.mixture.pair(interpolant, run.mixture.draw(batch.u), x0=batch.x0, x1=batch.x1)
+    projected: list[Tensor] = []
+
+    def predict(x: Tensor, t: Tensor) -> Tensor:
+        if batch.features is None:
+            return model(x, t, batch.y)
+        out, projections = model(x, t, batch.y, align=True)
+        projected.extend(projections)
+        return out
+
     with torch.autocast(batch.x1.device.type, torch.bfloat16, enabled=run.training.precision == "bf16"):
-        losses = per_sample_loss(
-            lambda x, t: model(x, t, batch.y), pair, interpolant, prediction=run.prediction, weighting=run.weighting
-        )
+        losses = per_sample_loss(predict, pair, interpolant, prediction=run.prediction, weighting=run.weighting)
+        if batch.features is not None:
+            losses = losses + run.alignment_weight * alignment_loss(projected[0], batch.features)
     return losses.sum()
 
 
 class _JoinedGradients:
     """The default: shards joined into passes, gradients reduced by DDP while they are computed."""
 
-    def __init__(self, run: RunConfig, model: SiT, world_size: int) -> None:
+    def __init__(self, run: RunConfig, model: nn.Module, world_size: int) -> None:
         self.run, self.world_size = run, world_size
         self.local_loss = torch.zeros(())
         self.model: nn.Module = model
-        if world_size > 1:
+        if world_size > 1 and not run.training.sharded:
             self.model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
 
     def warm_up(self, batches: list[Batch], interpolant: Interpolant) -> None:
@@ -205,23 +202,31 @@ class _JoinedGradients:
         total = torch.zeros((), device=batches[0].x1.device)
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
-            with contextlib.nullcontext() if last or self.world_size == 1 else self.model.no_sync():  # type: ignore[operator]
+            with self._accumulating(last):
                 loss = _loss(self.run, self.model, batch, interpolant) * scale
                 total = total + loss.detach()
                 if last:
                     # Reduced while the last backward pass runs.
                     self.local_loss = total.clone()
                     reducing = dist.all_reduce(total, async_op=True) if self.world_size > 1 else None
-                (loss * self.world_size).backward()  # DDP divides by the number of workers
+                (loss * self.world_size).backward()  # DDP and FSDP divide by the number of workers
         if reducing:
             reducing.wait()
         return total
+
+    def _accumulating(self, last: bool) -> contextlib.AbstractContextManager[object]:
+        """Gradients are reduced in the last pass only."""
+        if isinstance(self.model, FSDPModule):
+            self.model.set_requires_gradient_sync(last)
+        elif isinstance(self.model, DistributedDataParallel) and not last:
+            return self.model.no_sync()
+        return contextlib.nullcontext()
 
 
 class _OrderedGradients:
     """The reproducible mode: one gradient a shard, added in shard order whatever worker computed it."""
 
-    def __init__(self, run: RunConfig, model: SiT, world_size: int) -> None:
+    def __init__(self, run: RunConfig, model: nn.Module, world_size: int) -> None:
         self.run, self.model, self.world_size = run, model, world_size
         self.parameters = [p for p in model.parameters() if p.requires_grad]
         self.local_loss = torch.zeros(())
@@ -287,72 +292,6 @@ def _prefetch(make: Callable[[int], list[Batch]], start: int, stop: int) -> Iter
             if step + 1 < stop:
                 coming = pool.submit(make, step + 1)
             yield batches
-
-
-# ----------------------------------------------------------------------------------------------------- state
-
-
-def _optimizer(run: RunConfig, parameters: Weights) -> torch.optim.AdamW:
-    training = run.training
-    optimizer = torch.optim.AdamW(
-        list(parameters.values()),
-        lr=training.learning_rate,
-        betas=(0.9, training.adam_beta2),
-        weight_decay=training.weight_decay,
-        fused=True,
-    )
-    for parameter in parameters.values():
-        optimizer.state[parameter] = {
-            "step": torch.zeros((), device=parameter.device),
-            "exp_avg": torch.zeros_like(parameter),
-            "exp_avg_sq": torch.zeros_like(parameter),
-        }
-    return optimizer
-
-
-def _tensors(model: SiT, ema: EMA, optimizer: torch.optim.AdamW) -> Iterator[Tensor]:
-    """Every tensor of the training state, in an order that all ranks share."""
-    yield from (value.detach() for value in model.state_dict().values())
-    yield from ema.shadow.values()
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            yield from optimizer.state[parameter].values()
-
-
-def _state(
-    step: int,
-    model: SiT,
-    ema: EMA,
-    optimizer: torch.optim.AdamW,
-    parameters: Weights,
-    history: list[dict[str, float]],
-) -> TrainState:
-    weights = dict(model.state_dict())
-    moments = {
-        f"{key}/{name}": optimizer.state[parameter][key]
-        for name, parameter in parameters.items()
-        for key in ("exp_avg", "exp_avg_sq")
-    }
-    return TrainState(step, weights, {**weights, **ema.shadow}, moments, history)
-
-
-@torch.no_grad()
-def _load(state: TrainState, model: SiT, ema: EMA, optimizer: torch.optim.AdamW, parameters: Weights) -> None:
-    model.load_state_dict(state.model)
-    for name, parameter in parameters.items():
-        ema.shadow[name].copy_(state.ema[name])
-        kept = optimizer.state[parameter]
-        kept["step"].fill_(state.step)
-        for key in ("exp_avg", "exp_avg_sq"):
-            kept[key].copy_(state.optimizer[f"{key}/{name}"])
-
-
-def _from_rank_0(io: RunIO, value: T) -> T:
-    if io.world_size == 1:
-        return value
-    box = [value]
-    dist.broadcast_object_list(box, 0)
-    return box[0]
 
 
 def _ranks_not_finite(io: RunIO, local_loss: Tensor) -> list[int]:

@@ -11,7 +11,7 @@ from bench_loop import CPU, local_io
 from bench_note import Figure, Outcome, figure
 from bench_side_by_side import BareLoop
 
-from orchestration.experiment import load
+from orchestration.recipe import load
 from orchestration.storage import open_storage
 from workers.checkpoint import CheckpointStore, TrainState
 from workers.config import RunConfig, Training

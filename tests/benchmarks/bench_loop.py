@@ -15,7 +15,8 @@ from bench_note import Figure, Outcome, figure, overhead
 from bench_side_by_side import BareLoop, Beside, Follower, Times
 
 from orchestration import launch as launching
-from orchestration.experiment import Experiment, load
+from orchestration.experiment import Experiment
+from orchestration.recipe import load
 from orchestration.run import Place, run_experiment
 from orchestration.storage import open_storage
 from workers.checkpoint import CheckpointStore

@@ -19,7 +19,7 @@ from typing import Any
 
 from bench_note import ROOT, Outcome, figure, overhead
 
-from orchestration.experiment import load
+from orchestration.recipe import load
 
 MLFLOW_AIM_PERCENT = 2.0
 MLFLOW_ROUNDS = 3

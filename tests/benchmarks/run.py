@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from bench_checkpoint import checkpoint
+from bench_encode import encode
 from bench_gpu import gpu
 from bench_loop import loop, mixture
 from bench_note import Outcome, host_kind, machine, note, now, record, table
@@ -28,6 +29,7 @@ BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
     "checkpoint": checkpoint,
     "mlflow": mlflow,
     "quickstart": quickstart,
+    "encode": encode,
     "gpu": gpu,
 }
 

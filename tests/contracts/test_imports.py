@@ -35,8 +35,8 @@ CONFINED = {
     "botocore": ["orchestration/storage.py"],
     "mlflow": ["orchestration/tracking.py", "orchestration/report.py"],
     "psycopg2": ["orchestration/tracking.py"],
-    # stages.py is what runs on a worker; the others ask torch about the machine (DRIVER_TORCH), none computes.
-    "orchestration:torch": [f"orchestration/{name}.py" for name in ("stages", "launch", "cluster", "plan")],
+    # stages.py and encode.py's Worker run on a worker; the others ask torch about the machine (DRIVER_TORCH).
+    "orchestration:torch": [f"orchestration/{name}.py" for name in ("stages", "encode", "launch", "cluster", "plan")],
     "orchestration:numpy": ["orchestration/stages.py"],
     # run.py writes the weights of a base that was given.
     "orchestration:safetensors": ["orchestration/stages.py", "orchestration/run.py"],

@@ -8,7 +8,7 @@ import torch
 from toys import PATHS, normals, path_coefficients, uniforms
 
 from mixflow_core.interpolant import Interpolant
-from mixflow_core.loss import per_sample_loss, velocity_field
+from mixflow_core.loss import alignment_loss, per_sample_loss, times_defined, velocity_field
 from mixflow_core.mixture import SlowedMixture
 
 SHAPE = (16, 2, 3, 3)
@@ -78,3 +78,32 @@ def test_misspelt_choices_are_refused():
         per_sample_loss(lambda x, t: x, slowed("linear"), Interpolant(), prediction="noise", weighting="v")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^prediction must be one of"):
         velocity_field(lambda x, t: x, Interpolant(), "x0")  # type: ignore[arg-type]
+
+
+# Alignment
+
+
+def test_alignment_is_minus_the_mean_cosine_over_tokens():
+    projected, features = normals(5, 4, 6, 8), normals(6, 4, 6, 8)
+    a, b = projected.numpy(), features.numpy()
+    cosine = (a * b).sum(-1) / np.linalg.norm(a, axis=-1) / np.linalg.norm(b, axis=-1)
+    np.testing.assert_allclose(alignment_loss(projected, features).numpy(), -cosine.mean(1), rtol=1e-12)
+    np.testing.assert_allclose(alignment_loss(3 * features, features).numpy(), -np.ones(4), rtol=1e-12)
+    with pytest.raises(ValueError, match=r"features must have the projector's shape \(4, 6, 8\), got \(4, 5, 8\)"):
+        alignment_loss(projected, features[:, :5])
+
+
+# Where a prediction determines a velocity
+
+
+@pytest.mark.parametrize("prediction", ["velocity", "noise", "score", "data"])
+@pytest.mark.parametrize("path", PATHS)
+def test_the_implied_velocity_is_finite_on_the_times_it_is_defined_on(path, prediction):
+    interval = torch.tensor(times_defined(path, prediction), dtype=torch.float64)
+    field = velocity_field(lambda x, t: x, Interpolant(path), prediction)
+    assert bool(torch.isfinite(field(torch.ones(2, 1, dtype=torch.float64), interval)).all())
+    whole = torch.tensor([0.0, 1.0], dtype=torch.float64)
+    needs_it = path == "vp" or prediction != "velocity"
+    assert (times_defined(path, prediction) != (0.0, 1.0)) == needs_it
+    if prediction in ("noise", "score") and path != "vp":
+        assert not bool(torch.isfinite(field(torch.ones(2, 1, dtype=torch.float64), whole)).all())

@@ -22,6 +22,13 @@ TIME_CDFS = {
     "beta": lambda t: t**2,
     "uniform": lambda t: t,
     "logit_normal": lambda t: stats.norm.cdf(special.logit(t)),
+    "log_normal_angle": lambda t: stats.norm.cdf(np.log(np.tan(np.pi * np.asarray(t) / 2))),
+}
+TIME_QUANTILES = {
+    "beta": np.sqrt,
+    "uniform": np.array,
+    "logit_normal": lambda u: special.expit(special.ndtri(u)),
+    "log_normal_angle": lambda u: 2 / np.pi * np.arctan(np.exp(special.ndtri(u))),
 }
 
 
@@ -48,9 +55,7 @@ def slowed_cdf(m, gamma):
 
 def oracle(u, x0, x1, weight, bias, *, path, time_law, slowing_law, gamma, shift, target_time, condition_on):
     """Uniform numbers, noise and data to the loss of the model x W + t b, in NumPy float64."""
-    t = {"beta": np.sqrt, "uniform": np.array, "logit_normal": lambda v: special.expit(special.ndtri(v))}[time_law](
-        u[:, 0]
-    )
+    t = TIME_QUANTILES[time_law](u[:, 0])
     s = shift * (1 - t) / (1 + (shift - 1) * (1 - t))
     # The paper's slowing, written in reversed time.
     s_m = s + u[:, 1] * gamma * (1 - s) if slowing_law == "interval" else 1 - u[:, 1]
@@ -147,6 +152,33 @@ def test_float32_times_stay_inside_the_unit_interval():
         assert bool(((m >= 0) & (m <= t) & (t <= 1)).all()), (time_law, gamma, shift)
 
 
+@pytest.mark.parametrize("time_law", TIME_CDFS)
+@pytest.mark.parametrize("interval", [(0.001, 1.0), (0.0, 0.9995), (0.2, 0.7)])
+def test_interval_truncates_the_time_law(time_law, interval):
+    t = mixture(time_law=time_law, interval=interval, gamma=0.0).draw(U).t.numpy()
+    below, above = (TIME_CDFS[time_law](end) if 0 < end < 1 else end for end in interval)
+    assert t.min() >= interval[0] - 1e-12
+    assert t.max() <= interval[1] + 1e-12
+    assert_law(t, lambda value: (TIME_CDFS[time_law](value) - below) / (above - below))
+
+
+def test_raes_published_mixflow_times_are_beta_truncated_at_the_data():
+    u = U[:, 0].numpy()
+    s = 1 - np.sqrt(0.999 * u)  # RAE draws its uniform number on [0, 0.999]
+    t = mixture(interval=(0.0, float(np.sqrt(0.999)))).draw(U).t.numpy()
+    np.testing.assert_allclose(t, 1 - s, atol=1e-12)
+    assert s.min() == pytest.approx(0.0005, abs=1e-5)
+
+
+def test_slowing_may_come_before_the_shift():
+    u = U[:1000]
+    plain = mixture(gamma=0.4).draw(u)
+    t, m = mixture(gamma=0.4, shift=3.0, order="slow_then_shift").draw(u)
+    for shifted, value in ((t, plain.t), (m, plain.m)):
+        np.testing.assert_allclose(1 - shifted, 3 * (1 - value) / (1 + 2 * (1 - value)), atol=1e-12)
+    assert not torch.allclose(m, mixture(gamma=0.4, shift=3.0).draw(u).m, atol=1e-3)
+
+
 # Controls
 
 
@@ -200,7 +232,14 @@ def test_shift_is_the_formula_in_reversed_time():
         ({"shift": 0.5}, "shift must be at least 1, got 0.5"),
         ({"shift": float("inf")}, "shift must be at least 1, got inf"),
         ({"shift": float("nan")}, "shift must be at least 1, got nan"),
-        ({"time_law": "Beta"}, "time_law must be one of 'beta', 'uniform', 'logit_normal', got 'Beta'"),
+        (
+            {"time_law": "Beta"},
+            "time_law must be one of 'beta', 'uniform', 'logit_normal', 'log_normal_angle', got 'Beta'",
+        ),
+        ({"interval": (0.5, 0.5)}, "interval must satisfy 0 <= lowest < highest <= 1, got [0.5, 0.5]"),
+        ({"interval": (-0.1, 0.5)}, "interval must satisfy 0 <= lowest < highest <= 1, got [-0.1, 0.5]"),
+        ({"interval": (0.0, 1.1)}, "interval must satisfy 0 <= lowest < highest <= 1, got [0.0, 1.1]"),
+        ({"order": "both"}, "order must be one of 'shift_then_slow', 'slow_then_shift', got 'both'"),
         ({"slowing_law": "none"}, "slowing_law must be one of 'interval', 'independent', got 'none'"),
         ({"target_time": "x"}, "target_time must be one of 't', 'm', got 'x'"),
         ({"condition_on": "M"}, "condition_on must be one of 't', 'm', got 'M'"),

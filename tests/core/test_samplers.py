@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from itertools import pairwise
 
@@ -109,11 +110,18 @@ def test_a_shifted_grid_spends_its_steps_near_the_noise():
 
 @pytest.mark.parametrize(("solve", "per_step"), [(euler, 1), (heun, 2)])
 def test_evaluations_are_counted(solve, per_step):
-    for each in (1, 2):
-        field = CountedField(FLOW.field, each)
-        solve(field, X0, grid64(7))
-        assert field.nfe == 7 * per_step * each
-    assert CountedField(FLOW.field).nfe == 0
+    field = CountedField(FLOW.field)
+    assert field.nfe == 0
+    solve(field, X0, grid64(7))
+    assert field.nfe == 7 * per_step
+
+
+def test_a_guided_model_counts_two_rows_a_sample_as_two_evaluations():
+    model = CountedField(lambda x, t, y: x, 3)
+    x, t = torch.zeros(6, 1), torch.zeros(6)
+    model(x, t, t)
+    model(x[:3], t[:3], t[:3])
+    assert model.nfe == 3
 
 
 def test_dopri5_counts_what_it_called():
@@ -258,6 +266,8 @@ def test_sde_noise_is_asked_for_once_a_noisy_step_in_order():
         (Sampler("heun", 10), 20),
         (Sampler("sde", 20), 20),
         (Sampler("euler", 8, shift=3.0), 8),
+        (Sampler("sde_heun", 20), 39),
+        (Sampler("sde", 20, last_step="none"), 20),
     ],
 )
 def test_a_sampler_spends_what_it_says(sampler, nfe):
@@ -274,6 +284,8 @@ def test_samplers_run_their_method_on_their_grid():
         Sampler("euler", 6, shift=3.0): euler(FLOW.field, X0, time_grid(6, shift=3.0))[-1],
         Sampler("heun", 6): heun(FLOW.field, X0, time_grid(6))[-1],
         Sampler("dopri5", 1): dopri5(FLOW.field, X0, time_grid(1))[-1],
+        Sampler("euler", 6, start=0.001, end=0.999): euler(FLOW.field, X0, time_grid(6, start=0.001, end=0.999))[-1],
+        Sampler("euler", 6, end=0.999, shift=6.93): euler(FLOW.field, X0, time_grid(6, end=0.999, shift=6.93))[-1],
     }
     for sampler, expected in runs.items():
         assert torch.equal(sampler.run(FLOW.field, X0, linear, no_noise), expected)
@@ -282,6 +294,24 @@ def test_samplers_run_their_method_on_their_grid():
         FLOW.field, X0, time_grid(5, end=0.96), linear, noise, diffusion=Diffusion("sigma"), last_step="mean"
     )
     assert torch.equal(Sampler("sde", 6).run(FLOW.field, X0, linear, noise), stochastic[-1])
+    settings = {"diffusion": Diffusion("linear"), "corrector": True, "last_step": "tweedie"}
+    stochastic = sde(FLOW.field, X0, time_grid(5, start=0.1, end=0.9), linear, noise, **settings)
+    sampler = Sampler("sde_heun", 6, start=0.1, diffusion="linear", last_step="tweedie", last_step_size=0.1)
+    assert torch.equal(sampler.run(FLOW.field, X0, linear, noise), stochastic[-1])
+    stochastic = sde(FLOW.field, X0, time_grid(6, end=0.95), linear, noise, last_step="none")
+    assert torch.equal(Sampler("sde", 6, end=0.95, last_step="none").run(FLOW.field, X0, linear, noise), stochastic[-1])
+
+
+def test_the_published_grid_of_rae_stops_before_the_data():
+    # 50 published "steps" are 49, from noise to 0.0068873 of it, at the shift of 768 x 16 x 16 latents.
+    sampler = Sampler("euler", 49, shift=math.sqrt(48), end=0.999)
+    seen = []
+    sampler.run(lambda x, t: seen.append(float(t[0])) or torch.zeros_like(x), X0, Interpolant("linear"), no_noise)
+    assert len(seen) == 49
+    assert seen[0] == 0
+    s = np.linspace(1, 0.001, 50)
+    np.testing.assert_allclose(seen, 1 - (math.sqrt(48) * s / (1 + (math.sqrt(48) - 1) * s))[:-1], atol=1e-6)
+    assert 1 - float(time_grid(49, end=0.999, shift=math.sqrt(48))[-1]) == pytest.approx(0.0068873, abs=1e-6)
 
 
 def test_the_sde_sampler_reaches_the_data_distribution():
@@ -294,6 +324,26 @@ def test_the_sde_sampler_reaches_the_data_distribution():
 def test_names_are_those_of_metric_keys():
     assert Sampler("euler", 8, guidance_scale=1.5).name == "euler8/s1.5"
     assert Sampler("sde", 20).name == "sde20/s1"
+    guided = Sampler("heun", 125, guidance_scale=1.5, guidance_channels=3, guidance_interval=(0.3, 1.0))
+    assert guided.name == "heun125/s1.5-ch3-in0.3to1"
+
+
+def test_every_setting_of_a_protocol_changes_its_name():
+    plain = {"method": "sde", "num_steps": 20}
+    changes = [
+        {}, {"method": "sde_heun"}, {"num_steps": 21}, {"guidance_scale": 1.5}, {"shift": 2.0}, {"start": 0.001},
+        {"end": 0.999}, {"guidance": "autoguidance"}, {"guidance_channels": 3}, {"guidance_interval": (0.3, 1.0)},
+        {"guidance_interval": (0.0, 0.3)}, {"diffusion": "linear"}, {"last_step": "euler"}, {"last_step_size": 0.1},
+    ]  # fmt: skip
+    assert {key for change in changes for key in change} == {field.name for field in dataclasses.fields(Sampler)}
+    names = [Sampler(**plain | change).name for change in changes]
+    assert len(set(names)) == len(names)
+
+
+def test_an_end_of_the_guidance_interval_at_an_end_of_time_is_open():
+    assert Sampler("euler", 1).open_guidance_interval == (-math.inf, math.inf)
+    assert Sampler("euler", 1, guidance_interval=(0.3, 1.0)).open_guidance_interval == (0.3, math.inf)
+    assert Sampler("euler", 1, guidance_interval=(0.0, 0.7)).open_guidance_interval == (-math.inf, 0.7)
 
 
 @pytest.mark.parametrize(
@@ -302,10 +352,33 @@ def test_names_are_those_of_metric_keys():
         ({"method": "euler", "num_steps": 0}, "num_steps must be at least 1 for euler, got 0"),
         ({"method": "sde", "num_steps": 1}, "num_steps must be at least 2 for sde, got 1"),
         ({"method": "dopri5", "num_steps": 50}, "num_steps must be 1 for dopri5, which chooses its own steps, got 50"),
-        ({"method": "rk4", "num_steps": 1}, "method must be one of 'euler', 'heun', 'dopri5', 'sde', got 'rk4'"),
+        (
+            {"method": "rk4", "num_steps": 1},
+            "method must be one of 'euler', 'heun', 'dopri5', 'sde', 'sde_heun', got 'rk4'",
+        ),
         (
             {"method": "euler", "num_steps": 1, "guidance_scale": 0.5},
             "guidance_scale must be at least 1, got 0.5; 1 is unguided",
+        ),
+        (
+            {"method": "euler", "num_steps": 1, "start": 0.5, "end": 0.5},
+            "start and end must satisfy 0 <= start < end <= 1, got 0.5 and 0.5",
+        ),
+        (
+            {"method": "euler", "num_steps": 1, "guidance_interval": (0.0, 1.5)},
+            "guidance_interval must satisfy 0 <= low < high <= 1, got [0.0, 1.5]",
+        ),
+        (
+            {"method": "euler", "num_steps": 1, "guidance_channels": -1},
+            "guidance_channels must be at least 0, got -1; 0 is all",
+        ),
+        (
+            {"method": "sde", "num_steps": 2, "last_step_size": 1.0},
+            "last_step_size must lie in (0, 1 - start), got 1.0",
+        ),
+        (
+            {"method": "heun", "num_steps": 2, "last_step": "none"},
+            "diffusion and last_step must be left out for heun, which has no noise",
         ),
         ({"method": "euler", "num_steps": 1, "shift": 0.5}, "shift must be at least 1, got 0.5; 1 is no shift"),
         ({"method": "euler", "num_steps": 1, "shift": math.nan}, "shift must be at least 1, got nan; 1 is no shift"),

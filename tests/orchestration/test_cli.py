@@ -122,7 +122,7 @@ def recipe(tmp_path: Path) -> Callable[..., str]:
         ("training=", "training must be a map of settings, got None"),
         ("arms=[1]", "arms must be a map of settings, got a list of 1"),
         ("evaluation.samplers=[]", "evaluation.samplers must be a list of at least 1, got a list of 0"),
-        ("evaluation.samplers.0.method=eulr", "must be 'euler', 'heun', 'dopri5' or 'sde', got 'eulr'"),
+        ("evaluation.samplers.0.method=eulr", "must be 'euler', 'heun', 'dopri5', 'sde' or 'sde_heun', got 'eulr'"),
         ("evaluation.samplers.7.num_steps=3", "'7' must be a place in a list of 6"),
         ("evaluation.primary=fd_digits/euler21/s1", "'euler20/s1', 'heun10/s1', 'sde20/s1', 'euler8/s1.5'] joined"),
         ("evaluation.primary=fid/euler20/s1", "evaluation.primary must be one of the metrics ['fd_digits'"),
@@ -134,7 +134,7 @@ def recipe(tmp_path: Path) -> Callable[..., str]:
         ("model.input_size=16", "model.input_size must be data.digits.image_size 8 with in_channels 1, got 16"),
         ("name=a/b", "name must match ^[A-Za-z0-9][A-Za-z0-9_.-]*$, got 'a/b'"),
         ("name=2024-01-01", "values must be plain YAML numbers, strings, lists or maps; "),
-        ("data.shards=x", "data must give exactly one of 'digits' and 'shards'; remove or add one"),
+        ("data.shards=x", "data must give exactly one of 'digits', 'shards' and 'images'; remove or add one"),
         ("base.checkpoint=x.safetensors", "base must give exactly one of 'checkpoint' and 'train'"),
         ("base={checkpoint: x.safetensors}", "base must give 'checkpoint' and 'sha256' together; sha256sum FILE"),
         ("base={checkpoint: x.safetensors, sha256: abc}", "base.sha256 must match ^[0-9a-f]{64}$, got 'abc'"),
@@ -155,7 +155,7 @@ def test_an_unknown_recipe_names_the_nearest(refused, verb):
 def test_an_unknown_verb_and_a_missing_experiment(refused):
     line = refused("frobnicate", "quickstart")
     assert "'frobnicate'" in line
-    assert "known are run, train" in line
+    assert "known are encode, run, train" in line
     assert "unknown verb 'trian'; did you mean 'train'?" in refused("trian", "quickstart")
     assert "EXPERIMENT" in refused("run")
     assert "--frob" in refused("run", "quickstart", "--frob")
@@ -253,7 +253,7 @@ def test_plan_of_a_fresh_directory(capsys, place):
 
 
 def test_plan_tells_what_is_done(capsys, place, recipe):
-    from orchestration.experiment import load
+    from orchestration.recipe import load
     from orchestration.workflow import Workspace
 
     file = recipe()
@@ -522,7 +522,7 @@ def test_a_label_outside_the_classes(refused, recipe, data, label):
 
 
 def test_an_artifact_of_an_earlier_run_that_was_altered(capsys, data, place, recipe):
-    from orchestration.experiment import load
+    from orchestration.recipe import load
     from orchestration.workflow import Workspace
 
     file = recipe()
@@ -566,7 +566,7 @@ def test_a_checkpoint_that_cannot_be_the_base(refused, recipe, checkpoint, tmp_p
     assert "must fit the model, but blocks.1." in line
     assert "is missing" in line
     line = refused(verb, recipe(base=given(checkpoint), model=MODEL | {"hidden_size": 64}))
-    assert "set the model's sizes to the checkpoint's" in line
+    assert "set model.hidden_size to 32" in line
 
     line = refused(verb, recipe(base=given(tmp_path / "absent.safetensors", wrong)))
     assert "base.checkpoint must be a file" in line
@@ -630,7 +630,7 @@ def test_a_ray_address_where_nothing_listens(refused, recipe, monkeypatch, verb,
 
 
 def test_altered_results_are_refused(capsys, place, recipe):
-    from orchestration.experiment import load
+    from orchestration.recipe import load
     from orchestration.workflow import Workspace
 
     file = recipe()

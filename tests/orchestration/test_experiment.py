@@ -1,5 +1,7 @@
 """The experiment file: what is read, what is refused, what belongs to its identity, who is judged against whom."""
 
+import re
+from importlib import resources
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -7,8 +9,14 @@ from typing import Any
 import pytest
 import yaml
 
-from orchestration.experiment import Experiment, derived_seed, load, recipes
+from orchestration.experiment import Experiment, derived_seed
+from orchestration.plan import costs
+from orchestration.recipe import filled, load, read, recipes, to_be_given, validated
 from orchestration.workflow import stages_of
+
+BETA = "{time_law: beta, slowing_law: interval, gamma: 0, target_time: m}"
+SLOWED = "{time_law: uniform, slowing_law: interval, gamma: 0.5, target_time: m}"
+PUBLISHED = ("sit-b-256", "sit-xl-256", "sit-xl-512", "repa-xl-256", "rae-xl-256", "rae-xl-512", "sd35-medium")
 
 STANDARD = {"time_law": "uniform", "slowing_law": "interval", "gamma": 0, "target_time": "m", "shift": 1}
 
@@ -111,7 +119,7 @@ def test_a_key_given_twice_is_refused_at_every_depth(file):
 
 @pytest.mark.parametrize("recipe", recipes())
 def test_a_recipe_survives_json(recipe):
-    experiment = load(recipe)
+    experiment = validated(recipe, filled(read(recipe)))
     again = Experiment.model_validate_json(experiment.model_dump_json())
     assert again == experiment
     assert again.identity == experiment.identity
@@ -119,7 +127,64 @@ def test_a_recipe_survives_json(recipe):
 
 
 def test_the_recipes_are_there():
-    assert {"quickstart", "digits32"} <= set(recipes())
+    assert {"quickstart", "digits32", *PUBLISHED} == set(recipes())
+
+
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_a_published_recipe_asks_for_paths_alone_and_says_what_was_reproduced(recipe):
+    missing = to_be_given(read(recipe))
+    kinds = {key.rpartition(".")[2].removesuffix("_sha256") for key in missing}
+    paths = {"source", "features", "weights", "decoder", "statistics", "checkpoint", "text_encoders", "sha256"}
+    assert kinds <= paths | {"num_classes"}
+    with pytest.raises(ValueError, match=rf"^{recipe}: {missing[0]} must be given \({len(missing)} in all: .*--set"):
+        load(recipe)
+    with pytest.raises(ValueError, match=rf"^{recipe}: {missing[1]} must be given \({len(missing) - 1} in all"):
+        load(recipe, [f"{missing[0]}=x"])
+    text = resources.files("orchestration.recipes").joinpath(f"{recipe}.yaml").read_text()
+    assert "Figure to reach" in text
+    assert "ot reproduced here" in text
+
+
+@pytest.mark.parametrize(
+    ("recipe", "parameters", "flops"),
+    # As published, and twice the multiply-adds that SiT's paper gives for XL/2 at 256.
+    [("sit-b-256", 130_512_416, None), ("sit-xl-256", 675_129_632, 237.2), ("repa-xl-256", 683_242_512, 237.2),
+     ("rae-xl-256", 838_675_796, None), ("sd35-medium", 2_243_171_520, None)],
+)  # fmt: skip
+def test_a_published_recipe_costs_what_its_paper_says(recipe, parameters, flops):
+    found = costs(validated(recipe, filled(read(recipe))))
+    assert found["parameters"] == parameters
+    if flops:
+        assert found["forward_gflops_per_image"] == pytest.approx(flops, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "override", "message"),
+    [
+        ("quickstart", "codec={kind: identity, image_size: 8}", "codec must be left out for data.digits"),
+        ("quickstart", "model.family=dit", "model.family must be one of sit, ddt, sd3, got 'dit'; did you mean 'sit'?"),
+        ("quickstart", "model.hiden_size=8", "unknown key 'model.hiden_size'; did you mean 'hidden_size'?"),
+        ("quickstart", "alignment_weight=0.5", "alignment_weight must be 0 for a model without exactly one projector"),
+        ("quickstart", f"base.mixture={SLOWED}", "base.mixture must be standard interpolation, m = t"),
+        ("quickstart", f"base.mixture={BETA}", "arms must include standard training {mixture: {time_law: beta"),
+        ("quickstart", "path=vp", "samplers must stay in [0, 0.999] for velocity prediction on path vp, got"),
+        ("quickstart", "prediction=noise", "must stay in [0.001, 0.999] for noise prediction on path linear, got"),
+        ("quickstart", "evaluation.samplers.5.guidance=autoguidance", "guide must be given for euler8/s1.5-auto"),
+        ("quickstart", "evaluation.samplers.5.guidance_channels=2", "guidance_channels must be at most model.in_chan"),
+        ("quickstart", "training.sharded=true", None),
+        ("quickstart", "training={steps: 5, global_batch_size: 9, num_shards: 9, sharded: true}", "must divide"),
+        ("rae-xl-256", "guide.model.input_size=8", "guide.model must have the model's in_channels, input_size and num"),
+        ("rae-xl-256", "codec=null", "codec must be given for data.images"),
+        ("sd35-medium", "base={train: {steps: 5, global_batch_size: 8}}", "arms must include standard training"),
+        ("sd35-medium", "model.lora_rank=4", None),
+    ],
+)  # fmt: skip
+def test_what_the_families_add_is_validated(recipe, override, message):
+    if message is None:
+        validated(recipe, filled(read(recipe, [override])))
+        return
+    with pytest.raises(ValueError, match=re.escape(message)):
+        validated(recipe, filled(read(recipe, [override])))
 
 
 def test_identity_ignores_the_cluster_alone(file):

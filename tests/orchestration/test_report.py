@@ -63,7 +63,7 @@ def test_the_page_needs_no_other_file(written):
         for name, value in attributes.items()
         if name in ("src", "href", "srcset", "data", "poster", "action", "background")
     ]
-    assert len(fetched) == 2 + len(CELLS) * len(ARM_LEVELS)
+    assert len(fetched) == 3 + len(CELLS) * len(ARM_LEVELS)
     assert all(str(value).startswith("data:image/png;base64,") for value in fetched)
     assert {"script", "link", "iframe", "object", "embed", "base"}.isdisjoint(tag for tag, _ in page.tags)
     assert not re.search(r"url\(|@import", page.source)
@@ -73,10 +73,10 @@ def test_the_figures_are_pictures_and_the_grids_are_those_of_the_samples(written
     page, _, directory, _ = written
     images = [str(attributes["src"]).partition(",")[2] for tag, attributes in page.tags if tag == "img"]
     contents = [base64.b64decode(image, validate=True) for image in images]
-    for content, name in zip(contents[:2], ("metrics.png", "slow_flow.png"), strict=True):
+    for content, name in zip(contents[:3], ("metrics.png", "slow_flow.png", "times.png"), strict=True):
         assert content == (directory / name).read_bytes()
         assert min(Image.open(io.BytesIO(content)).size) > 300
-    assert contents[2:] == [f"png of {arm} 0 {cell}".encode() for cell in CELLS for arm in ARM_LEVELS]
+    assert contents[3:] == [f"png of {arm} 0 {cell}".encode() for cell in CELLS for arm in ARM_LEVELS]
 
 
 def test_everything_is_said(written):
@@ -122,7 +122,7 @@ def test_results_json_is_the_summary(written):
     _, summary, directory, _ = written
     assert json.loads((directory / "results.json").read_text()) == json.loads(json.dumps(summary))
     assert sorted(path.name for path in directory.iterdir()) == [
-        *("metrics.png", "report.html", "results.json", "slow_flow.png")
+        *("metrics.png", "report.html", "results.json", "slow_flow.png", "times.png")
     ]
 
 

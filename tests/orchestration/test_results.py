@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from orchestration.experiment import Experiment, load
+from orchestration.experiment import Experiment
+from orchestration.recipe import load
 from orchestration.results import format_interval, judge, protocol, read_metrics, summarise
 from orchestration.storage import open_storage
 from orchestration.workflow import Workspace
@@ -180,7 +181,8 @@ class Fabricated:
         return {"classifier.safetensors": b"classifier"}, {"held_out_accuracy": 0.987}
 
     def arms(self, arm: str, replicate: str) -> tuple[dict[str, bytes], dict[str, Any]]:
-        return {"weights.safetensors": f"{arm} {replicate}".encode()}, {}
+        times = {"edges": [0.0, 0.5, 1.0], "num_draws": 10, "t": [4, 6], "m": [7, 3], "lag": [9, 1]}
+        return {"weights.safetensors": f"{arm} {replicate}".encode(), "times.json": json.dumps(times).encode()}, {}
 
     def slow_flow(self, of: str) -> tuple[dict[str, bytes], dict[str, Any]]:
         quantiles = {"times": [0.5, 1.0], "values": [[0.1, 0.2, 0.3, 0.4, 0.5], [0.2, 0.3, 0.4, 0.5, 0.6]]}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from orchestration import workflow
-from orchestration.experiment import load
+from orchestration.recipe import load
 from orchestration.run import _forced
 from orchestration.storage import Storage, open_storage
 from orchestration.workflow import LEASE_S, Workspace, needed_for, stages_of

@@ -13,6 +13,7 @@ from worker_toys import Draws, latents, local_io, pixels, run_config
 
 from workers.checkpoint import TrainState
 from workers.data import ImageSet, batch_rows
+from workers.models.sit import SiT
 from workers.train import NonFiniteLossError, post_train
 
 RESUME_STEP = 20
@@ -42,14 +43,23 @@ def run_rank(rank: int, world_size: int, directory: Path) -> None:
     for per_pass in (1, 2):
         train(f"per-pass-{per_pass}", rank, world_size, directory, shards_per_pass=per_pass, steps=10)
     stop_on_bad_image(rank, world_size, directory)
+    train("recomputed", rank, world_size, directory, steps=10, activation_checkpointing=True)
+    for name, sharded in (("clipped", False), ("sharded", True)):
+        if world_size == 2:  # three workers cannot share eight shards evenly
+            train(name, rank, world_size, directory, sharded=sharded, grad_clip=0.5, initial=rank == 0)
+    if world_size == 2:
+        resume("sharded", rank, world_size, directory, sharded=True, grad_clip=0.5)
+        both = {"sharded": True, "activation_checkpointing": True, "shards_per_pass": 2}
+        train("sharded-passes", rank, world_size, directory, steps=10, grad_clip=0.5, initial=rank == 0, **both)
     if world_size > 1:
         dist.destroy_process_group()
 
 
-def train(name: str, rank: int, world_size: int, directory: Path, **training: object) -> None:
-    """A run to its end; each rank keeps the state it returned."""
-    io = local_io(directory / name, rank=rank, world_size=world_size)
-    state = post_train(run_config(**training), pixels(), pixels(24, seed=1), io)
+def train(name: str, rank: int, world_size: int, directory: Path, *, initial: bool = False, **training: object) -> None:
+    """A run to its end; each rank keeps the state it returned. With `initial` it starts from given weights."""
+    io, run = local_io(directory / name, rank=rank, world_size=world_size), run_config(**training)
+    weights = SiT(run.model).initialise(5).state_dict() if initial else None
+    state = post_train(run, pixels(), pixels(24, seed=1), io, initial=weights)
     torch.save(state.__dict__, directory / f"{name}-{rank}.pt")
 
 

@@ -38,7 +38,7 @@ GOOD = {"model": MODEL, "mixture": MIXTURE, "training": TRAINING, "seed": 1}
         ("model", "input_size", 10, "multiple of patch_size 4, got 10"),
         ("model", "class_dropout_prob", 1.0, "[0, 1), got 1.0"),
         ("mixture", "gamma", 1.5, "[0, 1], got 1.5"),
-        ("mixture", "time_law", "gamma", "'beta', 'uniform' or 'logit_normal'"),
+        ("mixture", "time_law", "gamma", "'beta', 'uniform', 'logit_normal' or 'log_normal_angle'"),
         (None, "path", "straight", "'linear', 'gvp' or 'vp'"),
         (None, "prediction", "x", "'velocity', 'noise', 'score' or 'data'"),
         (None, "seed", -1, "greater than or equal to 0"),

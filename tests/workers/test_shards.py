@@ -14,19 +14,31 @@ from worker_toys import latents, pixels, run_config
 
 from mixflow_core.rng import generator
 from workers.data import (
+    CaptionTable,
     ImageSet,
     batch_rows,
     digits,
     join,
     open_shards,
     read_shards,
+    realised_times,
     shard_batch,
     to_pixels,
+    write_captions,
     write_shards,
 )
 from workers.manifest import Manifest
 
-ABOUT = {"schema_version": 1, "shape": [1, 8, 8], "dtype": "float32", "num_classes": 10}
+IMAGE = {"shape": [1, 8, 8], "dtype": "float32"}
+ABOUT = {"schema_version": 2, "num_classes": 10, "codec": None, "columns": {"image": IMAGE}}
+VAE = {"kind": "vae", "scale": 0.5, "shift": 0.25, "posterior": "sample", "sha256": "0" * 64}
+
+
+def read(directory, split) -> tuple[ImageSet, int]:
+    parts = list(read_shards(directory, split))
+    columns = zip(*((part.images, part.labels, part.features, part.pixels) for part, _ in parts), strict=True)
+    images, labels, features, beside = (None if c[0] is None else np.concatenate(c) for c in columns)
+    return parts[0][0]._replace(images=images, labels=labels, features=features, pixels=beside), parts[0][1]
 
 
 def written(directory, train=None, held_out=None, rows=16):
@@ -47,11 +59,109 @@ def test_shards_give_back_what_was_written(tmp_path, make):
         "train-00002.parquet",
     ]
     for split in ("train", "held_out"):
-        found, num_classes = read_shards(tmp_path, split)
+        found, num_classes = read(tmp_path, split)
         assert num_classes == 10
-        for a, b in zip(found, splits[split], strict=True):
+        for a, b in zip(found[:2], splits[split][:2], strict=True):
             np.testing.assert_array_equal(a, b)
             assert a.dtype == b.dtype
+        assert found.codec is found.features is found.pixels is found.captions is None
+
+
+def moments(count: int, seed: int = 0) -> ImageSet:
+    """What a vae's data set holds, beside its pixels and alignment features."""
+    numbers = np.random.default_rng(seed)
+    return ImageSet(
+        numbers.standard_normal((count, 6, 4, 4)).astype(np.float32),
+        numbers.integers(0, 10, count),
+        VAE,
+        numbers.standard_normal((count, 5, 7)).astype(np.float16),
+        numbers.integers(0, 256, (count, 3, 32, 32), dtype=np.uint8),
+    )
+
+
+def test_latents_come_back_with_all_that_lies_beside_them(tmp_path):
+    splits = written(tmp_path / "a", moments(40), moments(20, seed=1))
+    table = CaptionTable(
+        np.random.default_rng(5).standard_normal((11, 4, 6)).astype(np.float16),
+        np.random.default_rng(6).standard_normal((11, 3)).astype(np.float16),
+        [*(f"caption {i}" for i in range(10)), ""],
+    )
+    write_captions(table, tmp_path / "a")
+    manifest = Manifest.describe(tmp_path / "a", {})
+    mapped = open_shards(tmp_path / "a", manifest, tmp_path / "cache")
+    for found, truth in ((mapped["train"], splits["train"]), (read(tmp_path / "a", "held_out")[0], splits["held_out"])):
+        assert found.codec == VAE
+        for name in ("images", "labels", "features", "pixels"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(truth, name))
+            assert getattr(found, name).dtype == getattr(truth, name).dtype
+        np.testing.assert_array_equal(found.captions.text, table.text)
+        np.testing.assert_array_equal(found.captions.pooled, table.pooled)
+        assert found.captions.captions == table.captions
+    assert mapped["train"].shape == (3, 4, 4)
+    np.testing.assert_array_equal(mapped["train"].seen, splits["train"].pixels)
+
+
+def test_a_vaes_latents_are_drawn_from_their_posterior():
+    data = moments(4)
+    mean, deviation = torch.from_numpy(data.images).chunk(2, 1)
+    noise = torch.randn(4, 3, 4, 4, generator=torch.Generator().manual_seed(3))
+    drawn = data.x1(slice(None), torch.Generator().manual_seed(3))
+    torch.testing.assert_close(drawn, (mean + deviation * noise - 0.25) * 0.5)
+    torch.testing.assert_close(data.x1(slice(None)), (mean - 0.25) * 0.5)
+    at_the_mean = data._replace(codec={**VAE, "posterior": "mean"})
+    torch.testing.assert_close(at_the_mean.x1(slice(None), torch.Generator().manual_seed(3)), (mean - 0.25) * 0.5)
+
+
+def test_every_step_draws_a_vaes_latents_anew_and_always_the_same():
+    run, data = run_config(model={"input_size": 4, "patch_size": 2, "in_channels": 3}), moments(16)
+    first, second, again = (shard_batch(run, data, step, 0) for step in (0, 1, 0))
+    assert torch.equal(first.x1, again.x1)
+    rows = batch_rows(run.seed, 0, 2, 16)
+    truth = data.x1(rows, generator(run.seed, "posterior", 0))
+    assert torch.equal(first.x1, truth)
+    assert not torch.equal(first.x1, second.x1)
+
+
+def test_alignment_targets_come_with_the_batch_where_the_run_aligns():
+    model = {"input_size": 4, "patch_size": 2, "in_channels": 3, "projector_dims": [7], "projector_depth": 1}
+    data = moments(16)
+    assert shard_batch(run_config(model=model), data, 0, 0).features is None
+    run = run_config(model=model).model_copy(update={"alignment_weight": 0.5})
+    batch = join([shard_batch(run, data, 0, shard) for shard in (0, 1)])
+    np.testing.assert_array_equal(batch.features.numpy(), data.features[batch_rows(run.seed, 0, 4, 16)])
+
+
+def test_pixels_that_were_not_kept_are_asked_for():
+    with pytest.raises(ValueError, match="data must keep the pixels beside the latents"):
+        _ = moments(4)._replace(pixels=None).seen
+
+
+@pytest.mark.parametrize("what", ["text", "pooled"])
+def test_captions_without_sound_embeddings_are_refused(tmp_path, what):
+    written(tmp_path, moments(40), moments(20))
+    arrays = {"text": np.zeros((11, 4, 6), np.float16), "pooled": np.zeros((11, 3), np.float16)}
+    names = [*(f"caption {i}" for i in range(10)), ""]
+    arrays[what][4] = np.nan
+    write_captions(CaptionTable(**arrays, captions=names), tmp_path)
+    with pytest.raises(ValueError, match=rf"{what} embeddings must be finite, got others for 'caption 4' in row 4"):
+        read(tmp_path, "train")
+    write_captions(CaptionTable(np.zeros((9, 4, 6), np.float16), np.zeros((9, 3), np.float16), names[2:]), tmp_path)
+    with pytest.raises(ValueError, match="must be of the 8 captions with embeddings"):
+        read(tmp_path, "train")
+    (tmp_path / "captions.parquet").write_bytes(b"no")
+    with pytest.raises(ValueError, match=r"captions\.parquet must be a Parquet file of caption embeddings"):
+        read(tmp_path, "train")
+
+
+def test_realised_times_are_those_of_the_batches():
+    run = run_config(steps=3)
+    found = realised_times(run, bins=10)
+    draws = [run.mixture.draw(shard_batch(run, pixels(), step, shard).u) for step in range(3) for shard in range(8)]
+    t, m = (torch.cat(values).numpy() for values in zip(*draws, strict=True))
+    assert found["num_draws"] == 48
+    for name, values in (("t", t), ("m", m), ("lag", t - m)):
+        assert found[name] == np.histogram(values, bins=10, range=(0, 1))[0].tolist()
+    assert realised_times(run_config(steps=1000), most=10)["num_draws"] == 20
 
 
 def test_statistics_are_those_of_the_images(tmp_path):
@@ -62,7 +172,7 @@ def test_statistics_are_those_of_the_images(tmp_path):
     assert found["num_images"] == 40
     assert found["mean"] == pytest.approx([mean])
     assert found["std"] == pytest.approx([(sum((v - mean) ** 2 for v in values) / len(values)) ** 0.5])
-    assert found["per_class"] == [int((splits["train"].labels == k).sum()) for k in range(10)]
+    assert found["per_class"] == {str(k): int((splits["train"].labels == k).sum()) for k in range(10)}
 
 
 def table_of(images: ImageSet, about=ABOUT, labels=None):
@@ -101,7 +211,9 @@ def null_pixel():
     )
     flat = pa.FixedSizeListArray.from_arrays(values, 64)
     table = pa.table({"image": flat, "label": pa.array(images.labels)})
-    return table.replace_schema_metadata({"mixflow": json.dumps({**ABOUT, "dtype": "uint8"})})
+    return table.replace_schema_metadata(
+        {"mixflow": json.dumps({**ABOUT, "columns": {"image": {**IMAGE, "dtype": "uint8"}}})}
+    )
 
 
 BAD = {
@@ -112,9 +224,12 @@ BAD = {
     "no label": (null_label, ["row 11"]),
     "no pixel": (null_pixel, ["row 7"]),
     "fractional labels": (lambda: table_of(latents(20), labels=pa.array([0.5] * 20)), ["schema"]),
-    "version": (lambda: table_of(latents(20), {**ABOUT, "schema_version": 2}), ["schema version 1, got 2"]),
+    "version": (lambda: table_of(latents(20), {**ABOUT, "schema_version": 3}), ["schema version 2, got 3"]),
     "no metadata": (lambda: table_of(latents(20)).replace_schema_metadata(None), ["schema"]),
-    "wrong shape in the metadata": (lambda: table_of(latents(20), {**ABOUT, "shape": [1, 8, 9]}), ["schema"]),
+    "wrong shape in the metadata": (
+        lambda: table_of(latents(20), {**ABOUT, "columns": {"image": {**IMAGE, "shape": [1, 8, 9]}}}),
+        ["schema"],
+    ),
     "no label column": (lambda: table_of(latents(20)).drop_columns(["label"]), ["schema", "label"]),
 }
 
@@ -125,7 +240,7 @@ def test_a_bad_shard_is_named_in_one_line(tmp_path, kind):
     make, named = BAD[kind]
     pq.write_table(make(), tmp_path / "train-00001.parquet")
     with pytest.raises(ValueError, match=r"train-00001\.parquet") as caught:
-        read_shards(tmp_path, "train")
+        read(tmp_path, "train")
     assert "\n" not in str(caught.value)
     for word in named:
         assert word in str(caught.value)
@@ -137,7 +252,7 @@ def test_files_that_are_no_shards_are_named_in_one_line(tmp_path):
     for spoilt in (b"not parquet", b"", content[: len(content) // 2]):
         (tmp_path / "train-00001.parquet").write_bytes(spoilt)
         with pytest.raises(ValueError, match=r"train-00001\.parquet must be a Parquet file") as caught:
-            read_shards(tmp_path, "train")
+            read(tmp_path, "train")
         assert "\n" not in str(caught.value)
 
 
@@ -146,13 +261,13 @@ def test_shards_of_different_shapes_are_refused(tmp_path):
     other = tmp_path / "other"
     written(other, pixels(16, size=4))
     (other / "train-00000.parquet").rename(tmp_path / "train-00002.parquet")
-    with pytest.raises(ValueError, match=r"one shape and number of classes; train-00002\.parquet differs"):
-        read_shards(tmp_path, "train")
+    with pytest.raises(ValueError, match=r"one shape, codec and number of classes; train-00002\.parquet differs"):
+        read(tmp_path, "train")
 
 
 def test_a_missing_split_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"must hold train-\*\.parquet, got none in .*; write it"):
-        read_shards(tmp_path, "train")
+        read(tmp_path, "train")
 
 
 def _open_at_once(directory, cache, start, out):
@@ -178,7 +293,7 @@ def test_processes_that_race_for_the_memory_map_get_the_data(tmp_path):
             np.testing.assert_array_equal(labels, splits[split].labels)
             assert kind == "memmap"
     assert [path.name for path in cache.iterdir() if not path.name.startswith(".")] == [
-        Manifest.describe(data, {}).digest[:16]
+        f"{Manifest.describe(data, {}).digest[:16]}-2"
     ]
     assert not list(cache.glob(".unpacking-*"))
 
@@ -296,11 +411,11 @@ def test_no_two_positions_of_a_run_share_their_noise():
 
 @pytest.mark.parametrize("dtype", [np.uint8, np.int32, np.int64])
 def test_labels_of_any_integer_type_are_read_as_int64(tmp_path, dtype):
-    images, labels = pixels()
+    images, labels = pixels()[:2]
     written(tmp_path, ImageSet(images, labels.astype(dtype)))
-    read, _ = read_shards(tmp_path, "train")
-    assert read.labels.dtype == np.int64
-    assert (read.labels == labels).all()
+    found, _ = read(tmp_path, "train")
+    assert found.labels.dtype == np.int64
+    assert (found.labels == labels).all()
 
 
 def test_an_unpacked_set_that_lost_a_file_is_unpacked_again(tmp_path):

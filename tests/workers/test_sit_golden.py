@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import zlib
 from dataclasses import dataclass
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from toys import GOLDEN, golden, published_keys
+from toys import assert_full_size, golden, published_keys
 
 from mixflow_core.ema import EMA
 from mixflow_core.guidance import classifier_free
@@ -336,37 +333,8 @@ def test_state_dict_of_a_published_size(size, image_size, learn_sigma):
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == truth["num_parameters_trainable"]
 
 
-def recipe_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
-    """A weight or input of the full-size cases; the recipe is stated in fullsize.json."""
-    bits = np.random.Generator(np.random.PCG64([zlib.crc32(name.encode()), seed]))
-    value = torch.from_numpy(bits.standard_normal(shape, np.float32))
-    if name == "input_x":
-        return value
-    if len(shape) == 1:
-        return 1 + 0.2 * value if name.endswith(".weight") else 0.1 * value
-    fan_in = int(np.prod(shape[1:]))
-    if "embedding_table" in name:
-        return 0.5 * value
-    return (0.3 if "adaLN_modulation" in name else 0.8) * value / fan_in**0.5
-
-
 @pytest.mark.parametrize("size", ["S", "B"])
 def test_full_size_network(size):
-    info = json.loads((GOLDEN / "fullsize.json").read_text())
-    truth = info["models"][f"sit_{size}_2_256"]
-    with torch.device("meta"):
-        model = SiT(SiTConfig.published(size))
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    weights = {name: recipe_tensor(name, shape, info["seed"]) for name, shape in shapes.items() if name != "pos_embed"}
-    width = model.config.hidden_size
-    weights["pos_embed"] = position_table(width, 16)[None]
     model = SiT(SiTConfig.published(size)).eval()
-    model.load_state_dict(weights)
-    x = recipe_tensor("input_x", (2, 4, 32, 32), info["seed"])
-    with torch.no_grad():
-        out = model(x, torch.tensor([0.25, 0.8]), torch.tensor([207, 1000]))
-    assert list(out.shape) == truth["out"]["shape"]
-    assert float(out.mean()) == pytest.approx(truth["out"]["mean"], abs=1e-5)
-    assert float(out.std()) == pytest.approx(truth["out"]["std"], rel=1e-5)
-    flat = out.flatten()[np.linspace(0, out.numel() - 1, 64).astype(int)]
-    torch.testing.assert_close(flat, torch.tensor(truth["out"]["values"]), rtol=1e-4, atol=2e-5)
+    table = position_table(model.config.hidden_size, 16)[None]
+    assert_full_size(model, f"sit_{size}_2_256", table, torch.tensor([0.25, 0.8]), 1)

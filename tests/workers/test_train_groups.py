@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import pickle
+import shutil
 
 import loop_group
 import pytest
 import torch
-from loop_group import BAD_SHARD, BAD_STEP, state
-from worker_toys import differences, latents, local_io, parts, run_config
+from loop_group import BAD_SHARD, BAD_STEP, RESUME_STEP, state
+from worker_toys import differences, latents, local_io, parts, pixels, run_config
 
+from workers.models.sit import SiT
 from workers.train import NonFiniteLossError, post_train
 
 WORLDS = (1, 2, 3)
@@ -100,6 +102,52 @@ def test_gradient_accumulation_changes_nothing_but_rounding(groups, world, per_p
     assert accumulated.step == 10
     for row, other in zip(accumulated.history, joined, strict=True):
         assert row == pytest.approx(other, rel=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_activations_that_are_computed_again_change_no_bit(groups, world):
+    kept = [row for row in state(groups[world], "plain").history if row["step"] <= 10]
+    assert state(groups[world], "recomputed").history == kept
+
+
+def test_a_sharded_run_is_the_whole_one_up_to_rounding(groups):
+    whole, sharded = state(groups[2], "clipped"), state(groups[2], "sharded")
+    assert parts(sharded).keys() == parts(whole).keys()
+    for row, other in zip(sharded.history, whole.history, strict=True):
+        assert row == pytest.approx(other, rel=1e-4)
+    assert max(row.get("train/grad_norm", 0) for row in whole.history) > 0.5, "the clip acted"
+    for name, value in parts(sharded).items():
+        torch.testing.assert_close(value, parts(whole)[name], rtol=1e-2, atol=1e-4)
+    start = SiT(run_config().model).initialise(5).state_dict()
+    assert torch.equal(sharded.model["pos_embed"], start["pos_embed"])
+    assert not torch.equal(sharded.model["blocks.0.attn.qkv.weight"], start["blocks.0.attn.qkv.weight"])
+
+
+def test_a_resumed_sharded_run_equals_the_uninterrupted_one_bit_for_bit(groups):
+    assert differences(state(groups[2], "sharded"), state(groups[2], "sharded-resumed")) == []
+    assert parts(state(groups[2], "sharded", 1)) == {}, "only rank 0 puts the state together"
+
+
+def test_sharded_passes_accumulate(groups):
+    joined = [row for row in state(groups[2], "sharded").history if row["step"] <= 10]
+    for row, other in zip(state(groups[2], "sharded-passes").history, joined, strict=True):
+        assert row == pytest.approx(other, rel=1e-4)
+
+
+def test_a_sharded_checkpoint_goes_on_on_one_worker(groups, tmp_path):
+    shutil.copytree(groups[2] / "sharded", tmp_path / "run")
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        if int(path.name.split("-")[1]) > RESUME_STEP:
+            shutil.rmtree(path)
+    alone = post_train(run_config(grad_clip=0.5), pixels(), pixels(24, seed=1), local_io(tmp_path / "run"))
+    for row, other in zip(alone.history, state(groups[2], "sharded").history, strict=True):
+        assert row == pytest.approx(other, rel=1e-4)
+
+
+def test_shards_that_cannot_be_shared_evenly_are_refused(tmp_path):
+    io = local_io(tmp_path, world_size=3)
+    with pytest.raises(ValueError, match="num_shards must be a multiple of the 3 workers where training is sharded"):
+        post_train(run_config(sharded=True), pixels(), pixels(24, seed=1), io)
 
 
 @pytest.mark.parametrize("world", WORLDS)

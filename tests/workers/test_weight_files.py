@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import pickle
+import re
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from worker_toys import MODEL
 
-from workers.models.checkpoints import check_architecture, load_weights
+from workers.models.checkpoints import check_architecture, infer_config, load_weights, save_weights
+from workers.models.ddt import DiTDH, DiTDHConfig
 from workers.models.sit import SiT, SiTConfig
 
 
@@ -104,35 +107,136 @@ def test_fitting_weights_are_accepted():
     check_architecture(weights(), SHAPE, "x.pt")
 
 
-@pytest.mark.parametrize(("stored", "cure"), [(True, "true"), (False, "false")])
-def test_learn_sigma_has_its_own_cure(stored, cure):
-    shape = SiTConfig(**MODEL, learn_sigma=not stored)
-    with pytest.raises(ValueError, match="learn_sigma") as caught:
-        check_architecture(weights(learn_sigma=stored), shape, "x.pt")
-    assert str(caught.value) == (
-        f"checkpoint x.pt must fit the model, but learn_sigma differs; set learn_sigma to {cure}"
-    )
-    check_architecture(weights(learn_sigma=stored), SiTConfig(**MODEL, learn_sigma=stored), "x.pt")
-
-
 @pytest.mark.parametrize(
-    ("stored", "problem"),
+    ("stored", "problem", "cure"),
     [
-        ({"depth": 2}, "blocks.1.adaLN_modulation.1.bias is not part of it (10 in all)"),
-        ({"hidden_size": 24}, "blocks.0.adaLN_modulation.1.bias has shape (144,) instead of (96,)"),
-        ({"num_classes": 12}, "y_embedder.embedding_table.weight has shape (13, 16) instead of (11, 16)"),
+        (
+            {"learn_sigma": True},
+            "final_layer.linear.bias has shape (32,) instead of (16,)",
+            "model.learn_sigma to true",
+        ),
+        ({"depth": 2}, "blocks.1.adaLN_modulation.1.bias is not part of it (10 in all)", "model.depth to 2"),
+        (
+            {"hidden_size": 24},
+            "blocks.0.adaLN_modulation.1.bias has shape (144,) instead of (96,)",
+            "model.hidden_size to 24",
+        ),
+        ({"input_size": 16}, "pos_embed has shape (1, 16, 16) instead of (1, 4, 16)", "model.input_size to 16"),
+        ({"noise_at": 1}, None, None),
+        (
+            {"projector_dims": (6,), "projector_depth": 1},
+            "projectors.0.0.bias is not part of it (6 in all)",
+            "model.noise_at to 1, model.projector_dims to [6], model.projector_depth to 1",
+        ),
     ],
 )
-def test_a_mismatch_names_its_first_difference(stored, problem):
+def test_a_mismatch_names_its_first_difference_and_what_the_file_is(stored, problem, cure):
+    found = weights(**stored)
+    if problem is None:  # nothing in a file says which way its time runs
+        check_architecture(found, SHAPE, "x.pt")
+        return
     with pytest.raises(ValueError, match="must fit the model") as caught:
-        check_architecture(weights(**stored), SHAPE, "x.pt")
-    assert str(caught.value) == (
-        f"checkpoint x.pt must fit the model, but {problem}; set the model's sizes to the checkpoint's"
-    )
+        check_architecture(found, SHAPE, "x.pt")
+    assert str(caught.value) == f"checkpoint x.pt must fit the model, but {problem}; set {cure}"
+    check_architecture(found, SiTConfig(**{**MODEL, **stored}), "x.pt")
+
+
+def test_a_label_table_of_another_size_is_named():
+    with pytest.raises(ValueError, match="must fit the model") as caught:
+        check_architecture(weights(num_classes=12), SHAPE, "x.pt")
+    problem = "y_embedder.embedding_table.weight has shape (13, 16) instead of (11, 16)"
+    assert str(caught.value).startswith(f"checkpoint x.pt must fit the model, but {problem}; ")
 
 
 def test_a_missing_tensor_is_named():
     incomplete = weights()
     del incomplete["t_embedder.mlp.2.weight"]
-    with pytest.raises(ValueError, match=r"but t_embedder\.mlp\.2\.weight is missing \(1 in all\); set"):
+    with pytest.raises(ValueError, match=r"but t_embedder\.mlp\.2\.weight is missing \(1 in all\); the file is incomp"):
         check_architecture(incomplete, SHAPE, "x.pt")
+
+
+def test_another_family_is_named():
+    config = DiTDHConfig(
+        input_size=4, in_channels=6, hidden_size=(8, 12), depth=(1, 1), num_heads=(2, 3), num_classes=10
+    )
+    with pytest.raises(ValueError, match=r"; it is a ddt; set model\.family$"):
+        check_architecture(DiTDH(config).state_dict(), SHAPE, "x.pt")
+    with pytest.raises(ValueError, match=r"; it is a sit; set model\.family$"):
+        check_architecture(SiT(SiTConfig.published("S")).state_dict(), DiTDHConfig.published("S"), "x.pt")
+
+
+# What a file says of itself
+
+
+@pytest.mark.parametrize("image_size", [256, 512])
+@pytest.mark.parametrize("name", ["S", "B", "L", "XL"])
+def test_the_published_sizes_of_sit_are_found_out_from_their_files(name, image_size):
+    for learn_sigma in (True, False):
+        config = SiTConfig.published(name, image_size=image_size, learn_sigma=learn_sigma)
+        with torch.device("meta"):
+            found = infer_config(SiT(config).state_dict())
+        assert found == dataclasses.replace(config, mlp_ratio=4.0)
+
+
+@pytest.mark.parametrize("dims", [(768,), (768, 1024)])
+def test_repa_is_found_out_by_its_projectors(dims):
+    config = SiTConfig.repa("B", projector_dims=dims)
+    with torch.device("meta"):
+        weights = SiT(config).state_dict()
+    assert infer_config(weights) == config
+    plain = {name: value for name, value in weights.items() if not name.startswith("projectors")}
+    assert infer_config(plain).noise_at == 0
+    assert infer_config(plain, family="repa").noise_at == 1
+
+
+@pytest.mark.parametrize("image_size", [256, 512])
+@pytest.mark.parametrize("size", ["S", "B", "XL"])
+def test_raes_are_found_out_from_their_files(size, image_size):
+    config = DiTDHConfig.published(size, image_size=image_size)
+    with torch.device("meta"):
+        assert infer_config(DiTDH(config).state_dict()) == config
+
+
+def test_the_null_row_is_read_from_imagenets_label_table():
+    config = SiTConfig.published("S")
+    bare = dataclasses.replace(config, class_dropout_prob=0.0)
+    with torch.device("meta"):
+        assert infer_config(SiT(bare).state_dict()) == bare
+        found = SiT(dataclasses.replace(config, num_classes=10)).state_dict()
+    with pytest.raises(ValueError, match="num_classes must be given for a label table of 11 rows"):
+        infer_config(found)
+    assert infer_config(found, num_classes=11).null_label is None
+    assert infer_config(found, num_classes=10).null_label == 10
+    with pytest.raises(ValueError, match="num_classes must be 11 or 10 for a label table of 11 rows, got 7"):
+        infer_config(found, num_classes=7)
+
+
+def test_what_a_file_cannot_say_must_be_given():
+    with pytest.raises(ValueError, match="num_heads must be given for a width of 16, which no published size has"):
+        infer_config(weights(), num_classes=10)
+    assert infer_config(weights(), num_classes=10, num_heads=2) == SHAPE
+    with pytest.raises(ValueError, match=r"checkpoint must be of a known family: .* got a, b"):
+        infer_config({"a": torch.zeros(1), "b": torch.zeros(1)})
+
+
+def test_repas_older_names_are_renamed(tmp_path):
+    found = weights(depth=3)
+    old = {re.sub(r"^blocks\.([12])\.", lambda k: f"decoder_blocks.{int(k[1]) - 1}.", n): v for n, v in found.items()}
+    assert sum(name.startswith("decoder_blocks") for name in old) == 20
+    torch.save(old, tmp_path / "old.pt")
+    back = load_weights(tmp_path / "old.pt")
+    assert back.keys() == found.keys()
+    assert all(torch.equal(back[name], found[name]) for name in found)
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.safetensors"])
+def test_what_is_saved_is_loaded_to_the_bit(tmp_path, name):
+    found = weights()
+    save_weights(found, tmp_path / name)
+    back = load_weights(tmp_path / name)
+    assert back.keys() == found.keys()
+    assert all(torch.equal(back[key], found[key]) for key in found)
+    if name == "x.pt":
+        assert torch.load(tmp_path / name, weights_only=True).keys() == {"ema"}
+    with pytest.raises(ValueError, match=r"must end in \.safetensors or \.pt, got 'x\.bin'"):
+        save_weights(found, tmp_path / "x.bin")

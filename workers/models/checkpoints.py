@@ -1,29 +1,43 @@
-"""Weights from files: this project's checkpoints and the published layouts, never by arbitrary pickle."""
+"""Weights from files and back: this project's and the published layouts, told apart by content, never by pickle."""
 
 from __future__ import annotations
 
 import argparse
+import math
 import pickle
+import re
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from workers.models.sit import SiT, SiTConfig
+from workers.models.ddt import DiTDHConfig
+from workers.models.family import ModelConfig, build
+from workers.models.sd3 import SD3Config, load_sd3
+from workers.models.sit import SIT_SIZES, SiTConfig
+
+HEADS = {width: heads for _, width, heads in SIT_SIZES.values()}
+NULL_ROWS = {1000: 0.0, 1001: 0.1}  # rows of an ImageNet label table -> the dropout its published training used
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """A state dict from a `.safetensors` file, or from a `.pt` file in one of SiT's published layouts.
+    """A state dict from a `.safetensors` file, a `.pt` file in a published layout, or a diffusers directory of SD3.
 
-    A `.pt` may be a bare state dict or a dict with an `ema` entry, which is what the published samplers read. Nothing
-    but tensors and the argparse.Namespace that SiT's trainer stores is unpickled.
+    A `.pt` may be a bare state dict (REPA's and SiT's published files) or a dict with an `ema` entry (what their
+    trainers and RAE's write; the average is what the published samplers read). Old REPA files name the blocks after
+    the projectors `decoder_blocks`; they are renamed. Nothing but tensors and the argparse.Namespace that SiT's trainer
+    stores is unpickled.
 
     Raises:
         ValueError: the file is of another kind, unreadable, or holds no state dict.
     """
+    if path.is_dir():
+        return load_sd3(path)[1]
     if path.suffix == ".safetensors":
         try:
             return load_file(path)
@@ -40,27 +54,146 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     weights = content.get("ema", content) if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
         raise ValueError(f"checkpoint {path.name} must be a state dict or hold one as 'ema', got neither")
-    return dict(weights)
+    return _renamed(dict(weights))
 
 
-def check_architecture(weights: Mapping[str, Tensor], config: SiTConfig, name: str) -> None:
+def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """REPA's older names: decoder_blocks.k follow the last of blocks."""
+    if not any(name.startswith("decoder_blocks.") for name in weights):
+        return weights
+    behind = _count(weights, "blocks")
+    return {
+        re.sub(r"^decoder_blocks\.(\d+)", lambda found: f"blocks.{int(found[1]) + behind}", name): value
+        for name, value in weights.items()
+    }
+
+
+def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
+    """Writes a state dict: bare as `.safetensors`, or as a `.pt` with `ema`, which the published samplers read.
+
+    Raises:
+        ValueError: another ending.
+    """
+    content = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
+    if path.suffix == ".safetensors":
+        save_file(content, path)
+    elif path.suffix == ".pt":
+        torch.save({"ema": content}, path)
+    else:
+        raise ValueError(f"the file to write must end in .safetensors or .pt, got {path.name!r}")
+
+
+def infer_config(weights: Mapping[str, Tensor], *, family: str | None = None, **given: Any) -> ModelConfig:
+    """The configuration that a state dict fits, from its names and shapes.
+
+    Args:
+        weights: in a published layout.
+        family: `sit`, `repa` or `rae`, where names do not say it: a REPA file without projectors looks like a SiT's.
+        given: settings that a file cannot say: num_heads of an unpublished width, num_classes and class_dropout_prob of
+            a label table other than ImageNet's, projector_depth.
+
+    Raises:
+        ValueError: the names are of no known family, or something must be given.
+    """
+    shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    try:
+        if "s_embedder.proj.weight" in shapes and family in (None, "rae"):
+            return _infer_ddt(shapes, given)
+        if "y_embedder.embedding_table.weight" in shapes and family in (None, "sit", "repa"):
+            return _infer_sit(shapes, family, given)
+    except KeyError as error:
+        raise ValueError(
+            f"checkpoint must have {error.args[0]}, which every file of its family has; got none"
+        ) from error
+    raise ValueError(
+        f"checkpoint must be of a known family{f' ({family})' if family else ''}: SiT and REPA have a y_embedder, RAE "
+        f"an s_embedder too, SD3 is a diffusers directory; got {', '.join(sorted(shapes)[:3])} ..."
+    )
+
+
+def _infer_sit(shapes: Mapping[str, tuple[int, ...]], family: str | None, given: Mapping[str, Any]) -> SiTConfig:
+    width, channels, patch, _ = shapes["x_embedder.proj.weight"]
+    projectors = sorted(name for name in shapes if re.fullmatch(r"projectors\.\d+\.4\.weight", name))
+    is_repa = family == "repa" or (family is None and bool(projectors))
+    qk_norm = "blocks.0.attn.q_norm.weight" in shapes
+    heads = width // shapes["blocks.0.attn.q_norm.weight"][0] if qk_norm else HEADS.get(width)
+    settings: dict[str, Any] = {
+        "input_size": math.isqrt(shapes["pos_embed"][1]) * patch,
+        "patch_size": patch,
+        "in_channels": channels,
+        "hidden_size": width,
+        "depth": _count(shapes, "blocks"),
+        "num_heads": given.get("num_heads", heads),
+        "learn_sigma": shapes["final_layer.linear.weight"][0] == 2 * channels * patch**2,
+        "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / width,
+        "noise_at": 1 if is_repa else 0,
+        "qk_norm": qk_norm,
+        "projector_dims": tuple(shapes[name][0] for name in projectors),
+        "projector_width": shapes["projectors.0.0.weight"][0] if projectors else 2048,
+        **_labels(shapes, given),
+    }
+    if settings["num_heads"] is None:
+        raise ValueError(f"num_heads must be given for a width of {width}, which no published size has")
+    settings["projector_depth"] = given.get("projector_depth", 8)
+    return SiTConfig(**settings)
+
+
+def _infer_ddt(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any]) -> DiTDHConfig:
+    encoder, channels = shapes["s_embedder.proj.weight"][:2]
+    decoder = shapes["x_embedder.proj.weight"][0]
+    widths = [shapes[f"blocks.{i}.norm1.weight"][0] for i in range(_count(shapes, "blocks"))]
+    heads = tuple(
+        width // shapes[f"{part}_feat_rope.freqs_cos"][1] for part, width in (("enc", encoder), ("dec", decoder))
+    )
+    if encoder == decoder:
+        if "depth" not in given:
+            raise ValueError(f"depth must be given (encoder and decoder blocks) where both have the width {encoder}")
+        depth = tuple(given["depth"])
+    else:
+        depth = (widths.count(encoder), widths.count(decoder))
+    return DiTDHConfig(
+        input_size=math.isqrt(shapes["pos_embed"][1]),
+        in_channels=channels,
+        hidden_size=(encoder, decoder),
+        depth=(depth[0], depth[1]),
+        num_heads=(heads[0], heads[1]),
+        qk_norm="blocks.0.attn.q_norm.weight" in shapes,
+        **_labels(shapes, given),
+    )
+
+
+def _labels(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Classes and whether there is a row for none: 1,001 rows are ImageNet's classes and none, 1,000 are without."""
+    rows = shapes["y_embedder.embedding_table.weight"][0]
+    classes = given.get("num_classes")
+    if classes is None and rows not in NULL_ROWS:
+        raise ValueError(
+            f"num_classes must be given for a label table of {rows} rows; with or without one for no class?"
+        )
+    if classes is not None and rows - classes not in (0, 1):
+        raise ValueError(f"num_classes must be {rows} or {rows - 1} for a label table of {rows} rows, got {classes}")
+    dropout = NULL_ROWS[rows] if classes is None else 0.1 * (rows - classes)
+    return {"num_classes": classes or 1000, "class_dropout_prob": given.get("class_dropout_prob", dropout)}
+
+
+def _count(names: Mapping[str, Any], part: str) -> int:
+    """How many numbered modules `part` has."""
+    numbers = [int(found[1]) for name in names if (found := re.match(rf"{part}\.(\d+)\.", name))]
+    return max(numbers, default=-1) + 1
+
+
+def check_architecture(weights: Mapping[str, Tensor], config: ModelConfig, name: str) -> None:
     """Compares names and shapes with those of the model.
 
     Raises:
-        ValueError: they differ; the message names the first difference and, for learn_sigma, the cure.
+        ValueError: they differ; the message names the first difference and the cure, or what the file is instead.
     """
+    plain = replace(config, lora_rank=0, lora_alpha=None) if isinstance(config, SD3Config) else config
     with torch.device("meta"):
-        expected = {key: tuple(value.shape) for key, value in SiT(config).state_dict().items()}
+        expected = {key: tuple(value.shape) for key, value in build(plain).state_dict().items()}
     found = {key: tuple(value.shape) for key, value in weights.items()}
     if found == expected:
         return
-    last = "final_layer.linear.weight"
-    if last in found and found[last][0] != expected[last][0] and found[last][1:] == expected[last][1:]:
-        other = "false" if config.learn_sigma else "true"
-        if found[last][0] in (expected[last][0] * 2, expected[last][0] // 2):
-            raise ValueError(
-                f"checkpoint {name} must fit the model, but learn_sigma differs; set learn_sigma to {other}"
-            )
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     differing = sorted(key for key in expected.keys() & found.keys() if expected[key] != found[key])
     if missing:
@@ -69,4 +202,28 @@ def check_architecture(weights: Mapping[str, Tensor], config: SiTConfig, name: s
         problem = f"{unknown[0]} is not part of it ({len(unknown)} in all)"
     else:
         problem = f"{differing[0]} has shape {found[differing[0]]} instead of {expected[differing[0]]}"
-    raise ValueError(f"checkpoint {name} must fit the model, but {problem}; set the model's sizes to the checkpoint's")
+    raise ValueError(f"checkpoint {name} must fit the model, but {problem}; {_cure(weights, config)}")
+
+
+def _cure(weights: Mapping[str, Tensor], config: ModelConfig) -> str:
+    """What to set, from what the file says of itself."""
+    given: dict[str, Any] = {"num_classes": config.num_classes}
+    if isinstance(config, SiTConfig):
+        depth = _count(weights, "blocks") if "projectors.0.0.weight" in weights else config.projector_depth
+        given |= {"num_heads": config.num_heads, "projector_depth": min(config.projector_depth, depth)}
+    elif isinstance(config, DiTDHConfig):
+        given |= {"depth": config.depth}
+    try:
+        other = infer_config(weights, **given)
+    except ValueError:
+        return "it is of no family that is known with these settings"
+    if other.family != config.family:
+        return f"it is a {other.family}; set model.family"
+    if other == config:
+        return "the file is incomplete or was altered"
+    mine = {k: v for k, v in vars(other).items() if v != vars(config)[k]}
+    return "set " + ", ".join(f"model.{key} to {_plain(value)}" for key, value in mine.items())
+
+
+def _plain(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(list(value) if isinstance(value, tuple) else value)

@@ -1,9 +1,13 @@
-"""SiT, the scalable interpolant transformer, with the state-dict names of its published checkpoints (willisma/SiT)."""
+"""SiT, the scalable interpolant transformer, with the state-dict names of its published checkpoints (willisma/SiT).
+
+REPA (sihyun-yu/REPA) is the same network with projectors, trained in reversed time: `noise_at` 1.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +24,7 @@ class SiTConfig:
     """Shape of a SiT.
 
     Attributes:
+        family: `sit`.
         input_size: side of the square input (32 for 256-px latents, 64 for 512-px ones), a multiple of patch_size.
         patch_size: side of a patch: 2, 4 or 8 in the published sizes.
         in_channels: channels of the input (4 for latents of the usual autoencoder).
@@ -31,6 +36,12 @@ class SiTConfig:
             classifier-free guidance either.
         learn_sigma: the output has twice the channels, the second half unused (as in the published files).
         mlp_ratio: width of the MLP over hidden_size.
+        noise_at: the end of the network's own time at which noise lies: 0 in SiT's files, 1 in REPA's. It is turned
+            round inside, so that the caller's time and velocity always run from noise to data.
+        qk_norm: LayerNorm of queries and keys (an option of REPA, off in its published files).
+        projector_dims: width of each alignment target (768 for DINOv2-B); empty for no projector.
+        projector_depth: the projectors read the tokens after this many blocks.
+        projector_width: hidden width of a projector.
     """
 
     input_size: int
@@ -43,6 +54,12 @@ class SiTConfig:
     class_dropout_prob: float = 0.1
     learn_sigma: bool = False
     mlp_ratio: float = 4.0
+    noise_at: Literal[0, 1] = 0
+    qk_norm: bool = False
+    projector_dims: tuple[int, ...] = ()
+    projector_depth: int = 8
+    projector_width: int = 2048
+    family: Literal["sit"] = "sit"
 
     __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012 - read by pydantic, not a field
 
@@ -61,6 +78,12 @@ class SiTConfig:
             raise ValueError(f"mlp_ratio must leave the MLP a width, got {self.mlp_ratio}; 4 is the published ratio")
         if not 0 <= self.class_dropout_prob < 1:
             raise ValueError(f"class_dropout_prob must lie in [0, 1), got {self.class_dropout_prob}")
+        if self.noise_at not in (0, 1):
+            raise ValueError(f"noise_at must be 0 (SiT's files) or 1 (REPA's), got {self.noise_at}")
+        if self.projector_dims and not 1 <= self.projector_depth <= self.depth:
+            raise ValueError(f"projector_depth must lie in [1, depth {self.depth}], got {self.projector_depth}")
+        if min((*self.projector_dims, self.projector_width)) < 1:
+            raise ValueError(f"projector_dims and projector_width must be at least 1, got {self.projector_dims}")
 
     @classmethod
     def published(cls, size: str, *, patch_size: int = 2, image_size: int = 256, learn_sigma: bool = True) -> SiTConfig:
@@ -70,10 +93,21 @@ class SiTConfig:
             image_size // 8, patch_size, 4, hidden_size, depth, num_heads, num_classes=1000, learn_sigma=learn_sigma
         )
 
+    @classmethod
+    def repa(cls, size: str, *, image_size: int = 256, projector_dims: tuple[int, ...] = (768,)) -> SiTConfig:
+        """A size that REPA published: `B`, `L` or `XL` with patches of 2, its projectors after block 8."""
+        published = cls.published(size, image_size=image_size, learn_sigma=False)
+        return replace(published, noise_at=1, projector_dims=projector_dims)
+
     @property
     def null_label(self) -> int | None:
         """The label that stands for no class, None where the model has none."""
         return self.num_classes if self.class_dropout_prob > 0 else None
+
+    @property
+    def num_tokens(self) -> int:
+        """Patches of an image."""
+        return (self.input_size // self.patch_size) ** 2
 
     @property
     def out_channels(self) -> int:
@@ -97,15 +131,26 @@ class SiT(nn.Module):
         self.t_embedder = _TimeEmbedder(width)
         self.y_embedder = _LabelEmbedder(config)
         self.blocks = nn.ModuleList(_Block(config) for _ in range(config.depth))
+        if config.projector_dims:
+            self.projectors = nn.ModuleList(_projector(config, width) for width in config.projector_dims)
         self.final_layer = _FinalLayer(config)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
-        """The prediction at x for the told time t and label y."""
+    def forward(self, x: Tensor, t: Tensor, y: Tensor, *, align: bool = False) -> Tensor | tuple[Tensor, list[Tensor]]:
+        """The prediction at x for the told time t and label y; with `align` also each projector's (B, tokens, width).
+
+        The prediction of a network with `noise_at` 1 is a velocity; its sign turns with its time.
+        """
         tokens = self.x_embedder(x) + self.pos_embed
-        condition = functional.silu(self.t_embedder(t) + self.y_embedder(y))
-        for block in self.blocks:
+        own_time = t if self.config.noise_at == 0 else 1 - t
+        condition = functional.silu(self.t_embedder(own_time) + self.y_embedder(y))
+        projections: list[Tensor] = []
+        for number, block in enumerate(self.blocks, start=1):
             tokens = block(tokens, condition)
-        return self._unpatchify(self.final_layer(tokens, condition))
+            if align and number == self.config.projector_depth:
+                projections = [projector(tokens) for projector in self.projectors]
+        out = self._unpatchify(self.final_layer(tokens, condition))
+        out = out if self.config.noise_at == 0 else -out
+        return (out, projections) if align else out
 
     def _unpatchify(self, tokens: Tensor) -> Tensor:
         p, grid = self.config.patch_size, self.config.input_size // self.config.patch_size
@@ -133,7 +178,19 @@ class SiT(nn.Module):
         return self
 
 
-def drop_labels(y: Tensor, u: Tensor, config: SiTConfig) -> Tensor:
+class Labelled(Protocol):
+    """What a network's configuration says of its labels."""
+
+    @property
+    def class_dropout_prob(self) -> float:
+        """Share of training labels that are dropped."""
+
+    @property
+    def null_label(self) -> int | None:
+        """What a dropped label becomes; None where labels are never dropped."""
+
+
+def drop_labels(y: Tensor, u: Tensor, config: Labelled) -> Tensor:
     """Labels with those replaced by the null label whose u, uniform in [0, 1), lies below class_dropout_prob; (B,)."""
     if config.null_label is None:
         return y
@@ -155,7 +212,8 @@ class _PatchEmbedder(nn.Module):
         self.proj = nn.Conv2d(config.in_channels, config.hidden_size, config.patch_size, stride=config.patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.proj(x).flatten(2).transpose(1, 2)
+        # In the layout of what follows: the strides of the convolution's output would stay with every block's tokens.
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 class _TimeEmbedder(nn.Module):
@@ -173,6 +231,13 @@ class _TimeEmbedder(nn.Module):
         return self.mlp(torch.cat([angles.cos(), angles.sin()], 1))
 
 
+def _projector(config: SiTConfig, width: int) -> nn.Sequential:
+    hidden = config.projector_width
+    return nn.Sequential(
+        nn.Linear(config.hidden_size, hidden), nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, width)
+    )
+
+
 class _LabelEmbedder(nn.Module):
     def __init__(self, config: SiTConfig) -> None:
         super().__init__()
@@ -184,15 +249,19 @@ class _LabelEmbedder(nn.Module):
 
 
 class _Attention(nn.Module):
-    def __init__(self, width: int, num_heads: int) -> None:
+    def __init__(self, width: int, num_heads: int, qk_norm: bool) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
+        self.q_norm, self.k_norm = (
+            nn.LayerNorm(width // num_heads, eps=1e-5) if qk_norm else nn.Identity() for _ in range(2)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).view(batch, tokens, 3, self.num_heads, width // self.num_heads).permute(2, 0, 3, 1, 4)
+        q, k = self.q_norm(q), self.k_norm(k)
         return self.proj(functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape))
 
 
@@ -221,7 +290,7 @@ class _Block(nn.Module):
     def __init__(self, config: SiTConfig) -> None:
         super().__init__()
         width = config.hidden_size
-        self.attn = _Attention(width, config.num_heads)
+        self.attn = _Attention(width, config.num_heads, config.qk_norm)
         self.mlp = _MLP(width, int(width * config.mlp_ratio))
         self.adaLN_modulation = _Modulation(width, 6)
 

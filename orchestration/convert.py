@@ -1,0 +1,115 @@
+"""`mixflow import` and `mixflow export`: weights between runs and the layouts of their own ecosystems."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from orchestration.experiment import Experiment
+from orchestration.run import Place
+from orchestration.workflow import Workspace
+from workers.manifest import measure
+from workers.models.checkpoints import infer_config, load_weights, save_weights
+from workers.models.sd3 import SD3Config, beside_adapters, load_sd3, save_lora, save_sd3
+
+FILES = (".safetensors", ".pt")
+
+
+def import_weights(source: Path, target: Path, *, family: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
+    """Reads a published checkpoint, finds out what it is, and writes it as one file with the same tensors.
+
+    Args:
+        source: a `.pt`, `.pth` or `.safetensors` file, or a diffusers directory of SD3.
+        target: the file to write, `.safetensors` or `.pt`; it must not exist.
+        family: `sit`, `repa` or `rae`, where the file does not say it.
+        given: settings that the file does not say, see infer_config.
+
+    Returns:
+        `model` and `base`, the sections of an experiment file that use it.
+
+    Raises:
+        ValueError: the source cannot be read or is of no known family, or the target cannot be written.
+    """
+    _check_target(target)
+    if not source.exists():
+        raise ValueError(f"the checkpoint to import must exist, got {str(source)!r}; correct the path")
+    weights = load_weights(source)
+    model: dict[str, Any]
+    if source.is_dir():
+        model = {**load_sd3(source)[0], **given}
+    else:
+        model = asdict(infer_config(weights, family=family, **given))
+    save_weights(weights, target)
+    base = {"checkpoint": str(target.absolute()), "sha256": measure(target).sha256}
+    return {"model": json.loads(json.dumps(model)), "base": base}
+
+
+def export_weights(
+    experiment: Experiment, place: Place, arm: str, replicate: int, target: Path, *, adapters: bool
+) -> dict[str, Any]:
+    """Writes a run's averaged weights in the layout of its family.
+
+    Args:
+        experiment: whose run.
+        place: where it is kept.
+        arm: an arm that trains, or `base`.
+        replicate: which of its runs.
+        target: `.pt` (the state dict under `ema`, which the published samplers of SiT, REPA and RAE read),
+            `.safetensors` (the bare state dict), or for SD3 a directory in diffusers' layout.
+        adapters: of a LoRA run, write the adapters alone instead of the merged transformer.
+
+    Raises:
+        ValueError: there is no such run, it is not done, or the target does not fit its family or exists.
+    """
+    names = ["base", *(name for name, its in experiment.arms.items() if its.train)]
+    if arm not in names:
+        raise ValueError(f"the arm to export must be one of {', '.join(names)}, got {arm!r}")
+    if not 0 <= replicate < experiment.replicates:
+        raise ValueError(f"replicate must lie in [0, {experiment.replicates - 1}], got {replicate}")
+    _check_target(target, directory=isinstance(experiment.model, SD3Config))
+    workspace = Workspace(experiment, place.storage)
+    stage = "base" if arm == "base" else f"arms/{arm}/{replicate}"
+    weights = _weights(workspace, stage)
+    config = experiment.model
+    if isinstance(config, SD3Config):
+        _export_sd3(workspace, config, weights, target, adapters=adapters, is_base=stage == "base")
+    elif adapters:
+        raise ValueError("adapters must not be asked of a model without LoRA; leave --adapters out")
+    else:
+        save_weights(weights, target)
+    return {"stage": stage, "written": str(target.absolute()), "model": json.loads(json.dumps(asdict(config)))}
+
+
+def _export_sd3(
+    workspace: Workspace, config: SD3Config, weights: dict[str, Any], target: Path, *, adapters: bool, is_base: bool
+) -> None:
+    if not config.lora_rank or is_base:
+        if adapters:
+            raise ValueError("adapters must not be asked of weights without LoRA; leave --adapters out")
+        save_sd3(target, config, weights)
+    elif adapters:
+        save_lora(target, config, weights)
+    else:
+        save_sd3(target, config, {**beside_adapters(_weights(workspace, "base"), weights), **weights})
+
+
+def _weights(workspace: Workspace, stage: str) -> dict[str, Any]:
+    artifact = workspace.artifact(stage)
+    if artifact is None:
+        raise ValueError(f"{stage} must be done before it is exported; run `mixflow train` with the same --set")
+    with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch:
+        return load_weights(artifact.fetch(Path(scratch)) / "weights.safetensors")
+
+
+def _check_target(target: Path, *, directory: bool = False) -> None:
+    if directory != (target.suffix not in FILES):
+        rule = "be a directory, diffusers' layout" if directory else f"end in {' or '.join(FILES)}"
+        raise ValueError(f"the target must {rule}, got {str(target)!r}")
+    if target.exists():
+        raise ValueError(f"the target must not exist, got {str(target)!r}; remove it or choose another")
+    if not target.absolute().parent.is_dir():
+        raise ValueError(f"the target's directory must exist, got {str(target)!r}; make it")

@@ -1,0 +1,303 @@
+"""The encoding of images to latents on Ray Data: any number of workers, the same bytes, resumed where it stopped."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tempfile
+import time
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from orchestration.launch import RunFailedError
+from orchestration.storage import Storage
+from workers.codecs import CodecConfig
+from workers.data import CAPTIONS, Split, Statistics, shard_path, write_statistics
+from workers.encode import CODEC_PATHS, TRANSFORM, Encoder, Images, Plan, Recipe, Shard, encode_captions, plan_encoding
+from workers.manifest import FileEntry, Manifest, canonical_hash
+from workers.sources import Place
+
+log = logging.getLogger(__name__)
+MAX_RETRIES = 3  # of a piece whose worker dies; Ray Data's own default is to try for ever
+Tell = Callable[[str, int, int, Mapping[str, float]], None]
+
+
+class Task(NamedTuple):
+    """What a worker needs besides the shards.
+
+    Attributes:
+        recipe: of the shards.
+        storage, path: where finished shards go.
+        records: where their records go: content first, record last.
+        threads: that decode images.
+        on_gpu: whether the models compute on a GPU.
+    """
+
+    recipe: Recipe
+    storage: Storage
+    path: str
+    records: str
+    threads: int
+    on_gpu: bool
+
+
+def encode(
+    storage: Storage,
+    path: str,
+    settings: Images,
+    codec: CodecConfig,
+    *,
+    num_workers: int,
+    cpus_per_worker: float,
+    gpus_per_worker: int,
+    tell: Tell,
+    about: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Encodes a source to a published directory of shards, on the cluster that this process has joined.
+
+    What an earlier attempt at this path finished is kept, after its content was compared with its record.
+
+    Args:
+        storage: the workspace's.
+        path: where the directory is published in it.
+        settings: the images.
+        codec: what encodes them.
+        num_workers: like the next two asked of Ray, without a trace in the result.
+        cpus_per_worker: also the threads that decode images.
+        gpus_per_worker: 1 to compute on GPUs, 0 on CPUs.
+        tell: told of the progress in images, as stage `data`.
+        about: more for the manifest's meta.
+
+    Raises:
+        ValueError: the source, the settings or a model cannot be used, or too many images were unreadable.
+        RunFailedError: a worker failed.
+    """
+    start = time.monotonic()
+    settings, codec = _absolute(settings, codec)
+    plan = plan_encoding(settings, codec)
+    records = f"encoding/{path.replace('/', '-')}"
+    task = Task(plan.recipe, storage, path, records, max(1, int(cpus_per_worker)), gpus_per_worker > 0)
+    found = _follow(_run(plan, task, num_workers, cpus_per_worker, gpus_per_worker), plan, tell)
+    meta = {
+        "source": settings.source,
+        "transform": TRANSFORM,
+        "codec": codec.description,
+        "num_images": sum(len(shard.places) for shard in plan.shards),
+        "num_unreadable": sum(len(record["unreadable"]) for record in found.values()),
+        "classes": plan.classes,
+        "seconds": time.monotonic() - start,
+        **(about or {}),
+    }
+    manifest = _commit(plan, task, found, meta)
+    storage.delete(records)
+    return manifest
+
+
+def _absolute(settings: Images, codec: CodecConfig) -> tuple[Images, CodecConfig]:
+    """Workers have working directories of their own."""
+
+    def resolve(path: str | None) -> str | None:
+        return str(Path(path).expanduser().absolute()) if path else path
+
+    paths = {name: resolve(getattr(settings, name)) for name in ("source", "features", "text_encoders")}
+    files: dict[str, Any] = {name: resolve(getattr(codec, name)) for name in CODEC_PATHS}
+    return settings.model_copy(update=paths), replace(codec, **files)
+
+
+# ---------------------------------------------------------------------------------------------------- on the driver
+
+
+def _run(plan: Plan, task: Task, num_workers: int, cpus: float, gpus: int) -> Any:
+    """The workers' answers as they come; the captions, if any, are the first piece of work."""
+    import ray
+    from ray.data import ActorPoolStrategy, DataContext
+
+    context = DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it says of errors is raised below
+    identity = plan.recipe.identity
+    pieces = [_piece(identity, CAPTIONS, captions=plan.captions)] if plan.captions else []
+    pieces += [_piece(identity, _name(shard), shard=shard) for shard in plan.shards]
+    # One piece a block, so that its answer comes when it is done.
+    dataset = ray.data.from_items([{"piece": piece} for piece in pieces], override_num_blocks=len(pieces))
+    with warnings.catch_warnings():
+        # Ray Data warns of every option of an actor that it has no name for, and has none for retries yet.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        answers = dataset.map_batches(
+            Worker,
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ActorPoolStrategy(size=num_workers, max_tasks_in_flight_per_actor=2),
+            fn_constructor_args=(task,),
+            num_cpus=cpus,
+            num_gpus=gpus or None,
+            max_task_retries=MAX_RETRIES,
+        )
+    try:
+        for row in answers.iter_rows():
+            yield json.loads(row["answer"])
+    except ray.exceptions.RayError as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        reason = lines[-1].strip() if lines else type(error).__name__
+        raise RunFailedError(f"encoding failed: {reason}; the same command goes on where it stopped") from error
+
+
+def _piece(identity: Mapping[str, Any], name: str, **work: Any) -> bytes:
+    """Work as bytes: a million paths in plain text would fill the object store."""
+    digest = canonical_hash({"identity": identity, "name": name, **work})
+    return zlib.compress(json.dumps({"name": name, "digest": digest, **work}).encode(), 1)
+
+
+def _name(shard: Shard) -> str:
+    return shard_path(Path(), shard.split, shard.number).name
+
+
+def _follow(answers: Any, plan: Plan, tell: Tell) -> dict[str, dict[str, Any]]:
+    """Every piece's record by its file's name."""
+    images = {_name(shard): len(shard.places) for shard in plan.shards}
+    found: dict[str, dict[str, Any]] = {}
+    total, done, encoded, unreadable, start = sum(images.values()), 0, 0, 0, 0.0
+    for answer in answers:
+        if "error" in answer:
+            raise (ValueError if answer["is_input"] else RunFailedError)(answer["error"])
+        name, record = answer["name"], answer["record"]
+        if answer["why_again"]:
+            log.warning("%s is encoded again: %s", name, answer["why_again"])
+        found[name] = record
+        unreadable += len(record["unreadable"])
+        if unreadable > plan.recipe.settings.max_unreadable:
+            raise _too_many(plan, found)
+        done += images.get(name, 0)
+        metrics = {"encode/unreadable": float(unreadable)}
+        if start:
+            encoded += images.get(name, 0) if answer["is_new"] else 0
+            metrics["encode/images_per_s"] = encoded / (time.monotonic() - start)
+        else:  # the first answer waited for workers to start, and counts for the time that follows
+            start = time.monotonic()
+        tell("data", done, total, metrics)
+    return found
+
+
+def _unreadable(plan: Plan, found: Mapping[str, Mapping[str, Any]]) -> list[dict[str, str]]:
+    """The unreadable images known so far, in the order of the rows."""
+    return [
+        {"split": shard.split, "name": name, "reason": reason}
+        for shard in plan.shards
+        for name, reason in found.get(_name(shard), {}).get("unreadable", ())
+    ]
+
+
+def _too_many(plan: Plan, found: Mapping[str, Mapping[str, Any]]) -> ValueError:
+    bad, most = _unreadable(plan, found), plan.recipe.settings.max_unreadable
+    images = sum(len(shard.places) for shard in plan.shards if _name(shard) in found)
+    return ValueError(
+        f"max_unreadable must be at least the number of unreadable images, got {most} and {len(bad)} of the first "
+        f"{images} images, such as {bad[0]['name']} ({bad[0]['reason']}); mend or remove them, or raise it"
+    )
+
+
+def _commit(plan: Plan, task: Task, found: Mapping[str, Any], meta: Mapping[str, Any]) -> Manifest:
+    """Adds up the statistics in the order of the shards and publishes what lies in the directory."""
+    statistics: dict[Split, list[Statistics]] = {"train": [], "held_out": []}
+    for shard in plan.shards:
+        record = found[_name(shard)]
+        if record["statistics"]:
+            statistics[shard.split].append(_statistics(record["statistics"]))
+    empty = next((split for split, parts in statistics.items() if not parts), None)
+    if empty:
+        raise ValueError(f"source must have a readable image for each split, got none for {empty}; mend the images")
+    files = {name: FileEntry(r["size"], r["sha256"]) for name, r in found.items() if r["sha256"]}
+    with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch:
+        write_statistics(statistics, Path(scratch))
+        Path(scratch, "unreadable.json").write_text(json.dumps(_unreadable(plan, found), indent=1))
+        for file in sorted(Path(scratch).iterdir()):
+            files[file.name] = task.storage.put_file(file, f"{task.path}/{file.name}")
+    # Shards are found by their names when they are read: one that an earlier, larger source left would be read too.
+    for left in set(task.storage.list(task.path)) - {f"{task.path}/{name}" for name in files}:
+        task.storage.delete(left)
+    return task.storage.commit(task.path, Manifest(files, meta))
+
+
+def _statistics(record: Mapping[str, Any]) -> Statistics:
+    return Statistics(
+        num_images=record["num_images"],
+        sums=tuple(record["sums"]),
+        squares=tuple(record["squares"]),
+        per_class={int(label): count for label, count in record["per_class"].items()},
+        per_channel=record["per_channel"],
+    )
+
+
+# ----------------------------------------------------------------------------------------------------- on a worker
+
+
+class Worker:
+    """What Ray Data starts: takes pieces of work, leaves files and records in the storage, answers in JSON."""
+
+    def __init__(self, task: Task) -> None:
+        import torch
+
+        self.task = task
+        device = torch.device("cuda" if task.on_gpu else "cpu")
+        self.encoder = Encoder(task.recipe, device, task.threads)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """One piece; what went wrong is part of the answer, in one line."""
+        try:
+            answer = self.do(json.loads(zlib.decompress(batch["piece"][0].as_py())))
+        except (ValueError, OSError, ArithmeticError) as error:
+            answer = {"error": " ".join(str(error).split()), "is_input": isinstance(error, ValueError)}
+        return pa.table({"answer": [json.dumps(answer)]})
+
+    def do(self, piece: Mapping[str, Any]) -> dict[str, Any]:
+        """Encodes a piece, unless its record says that it is done and its content is what the record says."""
+        name, storage = piece["name"], self.task.storage
+        record_path = f"{self.task.records}/{name}.json"
+        record, why_again = self._finished(name, piece["digest"], record_path)
+        if record is not None:
+            return {"name": name, "record": record, "is_new": False, "why_again": ""}
+        with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch:
+            record = {"digest": piece["digest"], "size": 0, "sha256": "", **self._encode(piece, Path(scratch))}
+            if Path(scratch, name).exists():
+                record |= asdict(storage.put_file(Path(scratch, name), f"{self.task.path}/{name}"))
+        storage.put(record_path, json.dumps(record).encode())
+        return {"name": name, "record": record, "is_new": True, "why_again": why_again}
+
+    def _encode(self, piece: Mapping[str, Any], directory: Path) -> dict[str, Any]:
+        if "captions" in piece:
+            encode_captions(self.task.recipe.settings, piece["captions"], directory, self.encoder.device)
+            return {"statistics": None, "unreadable": []}
+        split, number, places, labels = piece["shard"]
+        encoded = self.encoder.encode(
+            Shard(split, number, [Place(*place) for place in places], labels), directory / piece["name"]
+        )
+        statistics = asdict(encoded.statistics) if encoded.statistics else None
+        return {"statistics": statistics, "unreadable": encoded.unreadable}
+
+    def _finished(self, name: str, digest: str, record_path: str) -> tuple[dict[str, Any] | None, str]:
+        """The record of a piece that is done; otherwise None and, where there is a record, why it does not count."""
+        storage = self.task.storage
+        try:
+            record = json.loads(storage.read(record_path))
+        except FileNotFoundError:
+            return None, ""
+        except ValueError:
+            return None, "its record is unreadable"
+        if record["digest"] != digest:
+            return None, "its images or settings have changed"
+        if not record["sha256"]:  # none of its images was readable
+            return record, ""
+        try:
+            content = storage.read(f"{self.task.path}/{name}")
+        except FileNotFoundError:
+            return None, "it is missing"
+        if hashlib.sha256(content).hexdigest() != record["sha256"]:
+            return None, "its content is not what its record says"
+        return record, ""

@@ -1,0 +1,190 @@
+"""Experiments from recipes and YAML files, with `--set` overrides."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from orchestration.experiment import Experiment
+from orchestration.wording import nearest, one_line
+
+TO_BE_GIVEN = "TO-BE-GIVEN"  # stands in a recipe for a path or hash that only its user knows
+PATHS = (
+    "data.shards", "data.images.source", "data.images.features", "data.images.text_encoders",
+    "codec.weights", "codec.decoder", "codec.statistics", "base.checkpoint", "guide.checkpoint",
+)  # fmt: skip
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML in which 1e-4 is a number, as everybody expects, and in which a key given twice is an error."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        """See yaml.SafeLoader."""
+        keys = [key.value for key, _ in node.value]
+        twice = next((key for key in keys if isinstance(key, str) and keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is given twice", node.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
+)
+
+
+def recipes() -> list[str]:
+    """Names of the recipes that come with the project."""
+    folder = resources.files("orchestration.recipes")
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load(name: str, overrides: Sequence[str] = ()) -> Experiment:
+    """An experiment from a recipe's name or a YAML file, with `dotted.key=value` overrides.
+
+    Raises:
+        ValueError: one line naming what is wrong, where, and the mend.
+    """
+    raw = read(name, overrides)
+    missing = to_be_given(raw)
+    if missing:
+        raise ValueError(
+            f"{name}: {missing[0]} must be given ({len(missing)} in all: {', '.join(missing)}); "
+            f"add --set {missing[0]}=..."
+        )
+    return validated(name, raw)
+
+
+def read(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings as they are written and overridden, not validated."""
+    raw = _read(name)
+    for override in overrides:
+        _apply(raw, override)
+    for path in PATHS:
+        _make_absolute(raw, path)
+    return raw
+
+
+def validated(name: str, raw: dict[str, Any]) -> Experiment:
+    """The experiment that settings describe.
+
+    Raises:
+        ValueError: one line naming what is wrong, where, and the mend.
+    """
+    try:
+        # Through JSON: in its strict mode arrays may become tuples and objects dataclasses, and nothing else is bent.
+        return Experiment.model_validate_json(json.dumps(raw))
+    except ValidationError as error:
+        raise ValueError(f"{name}: {one_line(error, Experiment)}") from error
+    except TypeError as error:
+        raise ValueError(f"{name}: values must be plain YAML numbers, strings, lists or maps; {error}") from error
+
+
+def to_be_given(section: Any, where: str = "") -> list[str]:
+    """Dotted keys of what a recipe leaves to its user."""
+    if section == TO_BE_GIVEN:
+        return [where]
+    inner: Iterator[tuple[Any, Any]] = iter(())
+    if isinstance(section, dict):
+        inner = iter(section.items())
+    elif isinstance(section, list):
+        inner = iter(enumerate(section))
+    return [key for name, value in inner for key in to_be_given(value, f"{where}.{name}" if where else str(name))]
+
+
+def filled(section: Any) -> Any:
+    """The settings with stand-ins for what is to be given: enough to say what the model costs."""
+    if isinstance(section, dict):
+        stand_ins = {"sha256": "0" * 64, "num_classes": 1}
+        return {
+            key: stand_ins.get(key.rpartition("_")[2] if key.endswith("sha256") else key, "/to/be/given")
+            if value == TO_BE_GIVEN
+            else filled(value)
+            for key, value in section.items()
+        }
+    return [filled(value) for value in section] if isinstance(section, list) else section
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """`dotted.key=value` arguments as nested settings."""
+    raw: dict[str, Any] = {}
+    for override in overrides:
+        _apply(raw, override)
+    return raw
+
+
+def _make_absolute(raw: Any, path: str) -> None:
+    """A local path means the driver's directory, also where a worker reads it."""
+    *parents, last = path.split(".")
+    for parent in parents:
+        raw = raw.get(parent) if isinstance(raw, dict) else None
+    value = raw.get(last) if isinstance(raw, dict) else None
+    if not isinstance(value, str) or value in ("", TO_BE_GIVEN):
+        return
+    if "://" not in value and not value.startswith("file:"):
+        raw[last] = str(Path(value).expanduser().absolute())
+
+
+def _read(name: str) -> dict[str, Any]:
+    path = Path(name)
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise ValueError(f"experiment file must exist, got {name!r}; correct the path")
+        try:
+            text = path.read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"experiment file must be readable text, got {name!r}; {error}") from error
+    elif name in recipes():
+        text = resources.files("orchestration.recipes").joinpath(f"{name}.yaml").read_text()
+    else:
+        raise ValueError(
+            f"unknown recipe {name!r}{nearest(name, recipes())}; available are {', '.join(recipes())}, or a .yaml file"
+        )
+    try:
+        raw = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"experiment file must be YAML, got {name!r}; {' '.join(str(error).split())}") from error
+    if not isinstance(raw, dict):
+        raise ValueError(f"experiment file must be a map of settings, got {type(raw).__name__} in {name!r}; correct it")
+    return raw
+
+
+def _apply(raw: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--set must be dotted.key=value, got {override!r}")
+    try:
+        value = yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        raise ValueError(f"--set {key} must have a value that is YAML, got {text!r}") from error
+    *parents, last = key.split(".")
+    target: Any = raw
+    for parent in parents:
+        target = _step(target, parent, key)
+    if isinstance(target, list):
+        target[_index(target, last, key)] = value
+    else:
+        target[last] = value
+
+
+def _step(target: Any, part: str, key: str) -> Any:
+    if isinstance(target, list):
+        return target[_index(target, part, key)]
+    inner = target.setdefault(part, {})
+    if inner is None:
+        inner = target[part] = {}
+    if not isinstance(inner, dict | list):
+        raise ValueError(f"--set {key}: {part} must be a section, got the value {inner!r}")
+    return inner
+
+
+def _index(target: list[Any], part: str, key: str) -> int:
+    if not part.isdecimal() or int(part) >= len(target):
+        raise ValueError(f"--set {key}: {part!r} must be a place in a list of {len(target)}, counted from 0")
+    return int(part)

@@ -1,0 +1,148 @@
+"""`mixflow import`, `export` and the costs of `plan`, by the command line in this process."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from tiny_sd3 import config as sd3_config
+from tiny_sd3 import randomise
+
+from orchestration.cli import main
+from workers.manifest import measure
+from workers.models.checkpoints import load_weights
+from workers.models.ddt import DiTDH, DiTDHConfig
+from workers.models.sd3 import SD3, SD3Config, save_sd3
+from workers.models.sit import SiT, SiTConfig
+
+NETWORKS = {
+    "sit": SiT(SiTConfig(4, 2, 4, 384, 1, 6, 1000, learn_sigma=True)),
+    "repa": SiT(SiTConfig(4, 2, 4, 384, 1, 6, 1000, noise_at=1, projector_dims=(6,), projector_depth=1)),
+    "rae": DiTDH(DiTDHConfig(input_size=2, in_channels=6, hidden_size=(8, 16), depth=(1, 1), num_heads=(2, 2),
+                             num_classes=1000)),
+}  # fmt: skip
+
+
+def answer(capsys: pytest.CaptureFixture[str], *argv: str) -> dict:
+    capsys.readouterr()
+    assert main([*argv, "--json"]) == 0, capsys.readouterr().err
+    return json.loads(capsys.readouterr().out)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    capsys.readouterr()
+    assert main(list(argv)) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    return err
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("ending", ["pt", "safetensors"])
+@pytest.mark.parametrize("family", NETWORKS)
+def test_an_official_file_is_imported_to_the_bit_and_says_what_it_is(family, ending, tmp_path, capsys):
+    network = NETWORKS[family]
+    randomise(network, 1)
+    source, target = tmp_path / "official.pt", tmp_path / f"imported.{ending}"
+    torch.save(network.state_dict() if family == "repa" else {"ema": network.state_dict()}, source)
+    more = ["--set", "projector_depth=1"] if family == "repa" else []
+    found = answer(capsys, "import", str(source), str(target), *more)
+    assert same(load_weights(target), network.state_dict())
+    assert found["base"] == {"checkpoint": str(target), "sha256": measure(target).sha256}
+    config = type(network.config)(**{k: tuple(v) if isinstance(v, list) else v for k, v in found["model"].items()})
+    assert config == network.config
+    # And back: equal bit for bit, in the layout that the published samplers read.
+    answer(capsys, "import", str(target), str(tmp_path / "back.pt"), *more)
+    assert same(torch.load(tmp_path / "back.pt", weights_only=True)["ema"], network.state_dict())
+
+
+def test_what_is_printed_is_a_piece_of_an_experiment_file(tmp_path, capsys):
+    torch.save(NETWORKS["sit"].state_dict(), tmp_path / "x.pt")
+    assert main(["import", str(tmp_path / "x.pt"), str(tmp_path / "x.safetensors")]) == 0
+    document = yaml.safe_load(capsys.readouterr().out)
+    assert document["model"]["learn_sigma"] is True
+    assert document["base"]["sha256"] == measure(tmp_path / "x.safetensors").sha256
+
+
+def test_a_diffusers_directory_goes_in_and_comes_out(tmp_path, capsys):
+    config = sd3_config()
+    network = SD3(config).initialise(0)
+    randomise(network, 2)
+    save_sd3(tmp_path / "theirs", config, network.state_dict())
+    found = answer(capsys, "import", str(tmp_path / "theirs"), str(tmp_path / "sd3.safetensors"))
+    assert same(load_weights(tmp_path / "sd3.safetensors"), network.state_dict())
+    model = {**found["model"], "dual_attention_layers": tuple(found["model"]["dual_attention_layers"])}
+    assert SD3Config(**model, input_size=8, num_classes=3) == config
+
+
+class Hostile:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return (Path.touch, (self.mark,))
+
+
+def test_bad_files_are_refused_in_one_line(tmp_path, capsys):
+    mark, target = tmp_path / "executed", str(tmp_path / "out.safetensors")
+
+    def given(name: str, content: bytes) -> str:
+        (tmp_path / name).write_bytes(content)
+        return str(tmp_path / name)
+
+    assert "must exist" in refusal(capsys, "import", str(tmp_path / "absent.pt"), target)
+    assert "must hold tensors only" in refusal(capsys, "import", given("a.pt", pickle.dumps(Hostile(mark))), target)
+    assert not mark.exists()
+    torch.save(NETWORKS["sit"].state_dict(), tmp_path / "whole.pt")
+    content = (tmp_path / "whole.pt").read_bytes()
+    assert "must hold tensors only" in refusal(capsys, "import", given("cut.pt", content[:-1000]), target)
+    assert "must end in .safetensors, .pt or .pth" in refusal(capsys, "import", given("x.bin", content), target)
+    torch.save({"weight": torch.zeros(2)}, tmp_path / "other.pt")
+    assert "must be of a known family" in refusal(capsys, "import", str(tmp_path / "other.pt"), target)
+    whole = str(tmp_path / "whole.pt")
+    assert "must be of a known family (rae)" in refusal(capsys, "import", whole, target, "--family", "rae")
+    assert "must end in .safetensors or .pt" in refusal(capsys, "import", whole, str(tmp_path / "out.bin"))
+    assert "must not exist" in refusal(capsys, "import", whole, whole)
+    assert "directory must exist" in refusal(capsys, "import", whole, str(tmp_path / "no" / "x.pt"))
+    incomplete = {n: v for n, v in NETWORKS["sit"].state_dict().items() if n != "final_layer.linear.weight"}
+    torch.save(incomplete, tmp_path / "incomplete.pt")
+    line = refusal(capsys, "import", str(tmp_path / "incomplete.pt"), target)
+    assert "checkpoint must have final_layer.linear.weight" in line
+
+
+def test_export_refuses_what_there_is_not(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MIXFLOW_WORKSPACE", str(tmp_path / "ws"))
+    out = str(tmp_path / "out.pt")
+    assert "must be one of base, standard, mixflow, matched, got 'none'" in refusal(
+        capsys, "export", "quickstart", "none", out
+    )
+    assert "replicate must lie in [0, 2], got 3" in refusal(
+        capsys, "export", "quickstart", "mixflow", out, "--replicate", "3"
+    )
+    assert "arms/mixflow/0 must be done before it is exported" in refusal(
+        capsys, "export", "quickstart", "mixflow", out
+    )
+    assert "must end in .safetensors or .pt" in refusal(capsys, "export", "quickstart", "base", str(tmp_path / "d"))
+
+
+def test_plan_of_a_published_recipe_costs_without_any_file_and_then_fails(capsys):
+    assert main(["plan", "sit-xl-256", "--mfu", "0.5", "--peak-tflops", "400"]) == 2
+    out, err = capsys.readouterr()
+    assert "237.2 GFLOP an image forward, 711.7 trained" in out
+    hours = 711.7e9 * 500_000 * 256 / (0.5 * 400e12) / 3600
+    assert f"{hours:,.1f}"[:-1] in out
+    assert "to be given: data.images.source, codec.weights, codec.sha256, base.checkpoint, base.sha256" in err
+    assert err.count("\n") == 1
+    assert main(["plan", "sit-xl-256", "--mfu", "0"]) == 2
+    assert "--mfu must be positive, got 0.0" in capsys.readouterr().err

@@ -1,0 +1,235 @@
+"""Stable Diffusion 3.5 on disk: transformers and adapters to and from diffusers, and the text encoders."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from tiny_sd3 import CLIP_WIDTHS, SHAPE, batch, captions, config, lora, sd3, theirs, tiny_text_encoders
+
+from workers.models.sd3 import SD3, SD3Config, is_adapter, load_lora, load_sd3, save_lora, save_sd3
+from workers.pretrained import TextEncoders
+
+CPU = torch.device("cpu")
+
+
+def call(transformer, x, t, y):
+    """Diffusers' transformer in this project's convention, with the captions of a tiny network."""
+    text, pooled = (torch.from_numpy(table)[y] for table in captions(config()))
+    with torch.no_grad():
+        return -transformer(
+            hidden_states=x, timestep=1000 * (1 - t), encoder_hidden_states=text, pooled_projections=pooled
+        ).sample
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_transformer_goes_out_and_comes_back_bit_for_bit(tmp_path, dtype):
+    model = sd3()
+    weights = {name: value.to(dtype) for name, value in model.state_dict().items()}
+    save_sd3(tmp_path / "a" / "transformer", model.config, weights)
+    fields, found = load_sd3(tmp_path / "a" / "transformer")
+    assert SD3Config(input_size=SHAPE["input_size"], num_classes=SHAPE["num_classes"], **fields) == model.config
+    assert found.keys() == weights.keys()
+    assert all(torch.equal(found[name], value) and found[name].dtype == dtype for name, value in weights.items())
+
+
+def test_diffusers_reads_what_was_written(tmp_path):
+    from diffusers import SD3Transformer2DModel
+
+    model, inputs = sd3(), batch()
+    save_sd3(tmp_path, model.config, model.state_dict())
+    transformer, info = SD3Transformer2DModel.from_pretrained(str(tmp_path), output_loading_info=True)
+    assert not any(info[what] for what in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert torch.equal(call(transformer, *inputs), model(*inputs))
+
+
+def test_what_diffusers_wrote_in_several_files_inside_a_pipeline_is_read(tmp_path):
+    model = sd3()
+    theirs(model).save_pretrained(str(tmp_path / "transformer"), max_shard_size="40KB")
+    (tmp_path / "model_index.json").write_text("{}")
+    assert len(list((tmp_path / "transformer").glob("*.safetensors"))) > 2
+    fields, found = load_sd3(tmp_path)
+    other = SD3(SD3Config(input_size=8, num_classes=3, **fields))
+    other.load_state_dict(found, strict=True)
+    other.set_captions(*captions(model.config))
+    assert torch.equal(other(*batch()), model(*batch()))
+    next((tmp_path / "transformer").glob("*.safetensors")).unlink()
+    with pytest.raises(ValueError, match="must be a readable safetensors file"):
+        load_sd3(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"_class_name": "FluxTransformer2DModel"}, "must hold an SD3Transformer2DModel, got 'FluxTransformer2DModel'"),
+        ({"guidance_embeds": True}, "but it has, unknown here, guidance_embeds"),
+        ({"num_layers": None}, "but it does not have num_layers"),
+        ({"out_channels": 8}, "out_channels must equal in_channels 4, got 8"),
+    ],
+)
+def test_another_model_is_refused(tmp_path, changes, message):
+    model = sd3()
+    save_sd3(tmp_path, model.config, model.state_dict())
+    path = tmp_path / "config.json"
+    content = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({name: value for name, value in content.items() if value is not None}))
+    with pytest.raises(ValueError, match="must") as caught:
+        load_sd3(tmp_path)
+    assert message in str(caught.value)
+
+
+def test_an_old_configuration_means_what_it_meant_then(tmp_path):
+    """Stable Diffusion 3's has neither qk_norm nor dual_attention_layers, large's no dual_attention_layers."""
+    model = sd3(dual_attention_layers=(), qk_norm=None)
+    save_sd3(tmp_path, model.config, model.state_dict())
+    path = tmp_path / "config.json"
+    content = json.loads(path.read_text())
+    del content["qk_norm"], content["dual_attention_layers"]
+    path.write_text(json.dumps(content))
+    fields, _ = load_sd3(tmp_path)
+    assert (fields["qk_norm"], fields["dual_attention_layers"]) == (None, ())
+    with pytest.raises(ValueError, match="must be a readable JSON file"):
+        load_sd3(tmp_path / "nowhere")
+
+
+# ---------------------------------------------------------------------------------------------------------- adapters
+
+
+def test_diffusers_loads_the_adapters_and_the_merged_transformer(tmp_path):
+    from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+
+    model, inputs = lora(), batch()
+    expected = model(*inputs)
+    save_sd3(tmp_path / "whole", model.config, model.state_dict())
+    merged = SD3Transformer2DModel.from_pretrained(str(tmp_path / "whole"))
+    torch.testing.assert_close(call(merged, *inputs), expected, rtol=1e-4, atol=1e-5)
+
+    save_lora(tmp_path / "lora", model.config, model.state_dict())
+    transformer = theirs(sd3())
+    assert not torch.allclose(call(transformer, *inputs), expected, atol=1e-2)
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        **dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "text_encoder_3")),
+        **dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3")),
+    )
+    pipeline.load_lora_weights(str(tmp_path / "lora"), weight_name="pytorch_lora_weights.safetensors")
+    torch.testing.assert_close(call(transformer, *inputs), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_adapters_come_back_bit_for_bit(tmp_path):
+    model, inputs = lora(), batch()
+    save_lora(tmp_path, model.config, model.state_dict())
+    fields, adapters = load_lora(tmp_path)
+    assert fields == {"lora_rank": 2, "lora_alpha": 3.0}
+    other = SD3(config(**fields))
+    other.load_state_dict({**sd3().state_dict(), **adapters}, strict=True)
+    other.set_captions(*captions(model.config))
+    assert torch.equal(other(*inputs), model(*inputs))
+
+
+def test_adapters_that_diffusers_wrote_without_metadata_have_alpha_equal_to_rank(tmp_path):
+    from diffusers import StableDiffusion3Pipeline
+    from peft import LoraConfig, get_peft_model_state_dict
+
+    transformer, (x, t, y) = theirs(sd3()), batch()
+    transformer.add_adapter(LoraConfig(r=3, lora_alpha=3, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    StableDiffusion3Pipeline.save_lora_weights(str(tmp_path), get_peft_model_state_dict(transformer))
+    fields, adapters = load_lora(tmp_path)
+    assert fields == {"lora_rank": 3, "lora_alpha": 3.0}
+    model = sd3(**fields)
+    _, unexpected = model.load_state_dict(adapters, strict=False)
+    assert not unexpected
+    assert len(adapters) == 2 * 2 * 5  # A and B of two layers in three joint attentions and two of the image's own
+    torch.testing.assert_close(model(x, t, y), call(transformer, x, t, y), rtol=1e-5, atol=1e-6)
+
+
+def test_there_must_be_adapters_to_export_and_to_read(tmp_path):
+    model = sd3()
+    with pytest.raises(ValueError, match="weights must hold LoRA adapters, got none"):
+        save_lora(tmp_path, model.config, model.state_dict())
+    with pytest.raises(ValueError, match="must be a readable safetensors file"):
+        load_lora(tmp_path)
+    weights = lora().state_dict()
+    adapters = [name for name in weights if is_adapter(name)]
+    ragged = {**weights, adapters[0]: torch.zeros(5, 16)}
+    save_lora(tmp_path, lora().config, ragged)
+    with pytest.raises(ValueError, match=r"must hold LoRA adapters of one rank and nothing else, got ranks \[2, 5\]"):
+        load_lora(tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------ text encoders
+
+PROMPTS = ["a cat", "", "Dogs, and more of them than there is room for"]
+
+
+@pytest.fixture(scope="module")
+def encoders(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("encoders")
+    tiny_text_encoders(directory)
+    return directory
+
+
+def test_embeddings_are_the_published_arrangement_of_three_encoders(encoders):
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+    text, pooled = TextEncoders(encoders, max_length=16).encode(PROMPTS, CPU)
+    expected, vectors, clips = torch.zeros(3, 24 + 16, SHAPE["joint_attention_dim"]), [], []
+    for suffix in ("", "_2"):
+        tokenizer = CLIPTokenizer.from_pretrained(str(encoders / f"tokenizer{suffix}"))
+        clip = CLIPTextModelWithProjection.from_pretrained(str(encoders / f"text_encoder{suffix}"))
+        tokens = tokenizer(PROMPTS, padding="max_length", max_length=24, truncation=True, return_tensors="pt")
+        with torch.no_grad():
+            out = clip(tokens.input_ids, output_hidden_states=True)
+        vectors.append(out.text_embeds)
+        clips.append(out.hidden_states[2])  # of three layers the second's
+    # The two CLIPs side by side, zeros up to T5's width, and T5's tokens behind them.
+    expected[:, :24, : sum(CLIP_WIDTHS)] = torch.cat(clips, 2)
+    tokenizer = T5Tokenizer.from_pretrained(str(encoders / "tokenizer_3"))
+    tokens = tokenizer(PROMPTS, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
+    with torch.no_grad():
+        expected[:, 24:] = T5EncoderModel.from_pretrained(str(encoders / "text_encoder_3"))(tokens.input_ids)[0]
+    torch.testing.assert_close(text, expected)
+    torch.testing.assert_close(pooled, torch.cat(vectors, 1))
+    assert (text[0] - text[1]).abs().mean() > 0.1
+    assert (pooled[0] - pooled[1]).abs().mean() > 0.1
+
+
+def test_embeddings_are_the_pipelines_and_their_batch_mates_do_not_matter(encoders):
+    from diffusers import StableDiffusion3Pipeline
+
+    ours = TextEncoders(encoders, max_length=16)
+    text, pooled = ours.encode(PROMPTS, CPU)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(str(encoders), transformer=None, vae=None, scheduler=None)
+    for row, prompt in enumerate(PROMPTS):
+        with torch.no_grad():
+            # The pipeline's own empty prompt is what it guides away from.
+            found = pipeline.encode_prompt(prompt or "a", None, None, negative_prompt="", max_sequence_length=16)
+        first = 0 if prompt else 1
+        torch.testing.assert_close(text[row], found[first][0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(pooled[row], found[first + 2][0], rtol=1e-4, atol=1e-5)
+        alone = ours.encode([prompt], CPU)
+        torch.testing.assert_close(alone[0][0], text[row], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(alone[1][0], pooled[row], rtol=1e-4, atol=1e-5)
+
+
+def test_files_in_half_precision_are_computed_in_single(tmp_path):
+    tiny_text_encoders(tmp_path, dtype=torch.float16)
+    encoders = TextEncoders(tmp_path, max_length=16)
+    for part in ("text_encoder", "text_encoder_2", "text_encoder_3"):
+        assert {p.dtype for p in getattr(encoders.pipeline, part).parameters()} == {torch.float32}
+    text, pooled = encoders.encode(PROMPTS, CPU)
+    assert text.dtype == pooled.dtype == torch.float32
+    assert not torch.equal(text, text.half().float())
+
+
+def test_captions_drive_the_network(encoders):
+    text, pooled = TextEncoders(encoders, max_length=16).encode([*PROMPTS, ""], CPU)
+    model, (x, t, _) = sd3(), batch(size=1)
+    model.set_captions(text.numpy().astype(np.float16), pooled.numpy().astype(np.float16))
+    cat, empty, dogs, null = (model(x, t, torch.tensor([row])) for row in range(4))
+    assert torch.allclose(empty, null, atol=1e-5)
+    assert not torch.allclose(cat, null, atol=1e-3)
+    assert not torch.allclose(dogs, null, atol=1e-3)

@@ -1,0 +1,105 @@
+"""Third-party modules from local directories in their own layouts: the only file that knows diffusers and transformers.
+
+Nothing is ever downloaded: a name of a model hub is not a directory, and is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+
+def load_vae(directory: Path) -> Any:
+    """A diffusers AutoencoderKL in fp32, for inference.
+
+    Raises:
+        ValueError: the directory is not one in diffusers' layout.
+    """
+    from diffusers import AutoencoderKL
+
+    return _inference(_load(AutoencoderKL, directory, "config.json", _complete=True, use_safetensors=True))
+
+
+def load_dinov2(directory: Path) -> Any:
+    """A transformers DINOv2, with or without registers as its config says, in fp32, for inference.
+
+    Raises:
+        ValueError: the directory is not one in transformers' layout, or of another model.
+    """
+    from transformers import AutoConfig, Dinov2Model, Dinov2WithRegistersModel
+
+    kinds = {"dinov2": Dinov2Model, "dinov2_with_registers": Dinov2WithRegistersModel}
+    config = _load(AutoConfig, directory, "config.json")
+    if config.model_type not in kinds:
+        raise ValueError(f"{directory} must hold a model of {' or '.join(kinds)}, got {config.model_type!r}")
+    return _inference(_load(kinds[config.model_type], directory, "config.json", _complete=True, use_safetensors=True))
+
+
+def build_sd3(config: Mapping[str, Any]) -> Any:
+    """A diffusers SD3Transformer2DModel of this configuration, with fresh weights."""
+    from diffusers import SD3Transformer2DModel
+
+    return SD3Transformer2DModel(**config)
+
+
+class TextEncoders:
+    """The three text encoders of Stable Diffusion 3 in diffusers' pipeline layout.
+
+    Args:
+        directory: holds tokenizer, tokenizer_2, tokenizer_3, text_encoder, text_encoder_2, text_encoder_3.
+        max_length: tokens of the T5 part (256 in the published training and sampling).
+
+    Raises:
+        ValueError: the directory is not in that layout.
+    """
+
+    def __init__(self, directory: Path, *, max_length: int = 256) -> None:
+        from diffusers import StableDiffusion3Pipeline
+
+        self.max_length = max_length
+        # transformers would keep the files' own precision, half in some of the published ones.
+        absent: dict[str, Any] = {"transformer": None, "vae": None, "scheduler": None}
+        self.pipeline = _load(StableDiffusion3Pipeline, directory, "model_index.json", dtype=torch.float32, **absent)
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
+        """Token embeddings (B, L, D) and pooled embeddings (B, P), fp32, as the transformer takes them."""
+        self.pipeline.to(device)
+        text, _, pooled, _ = self.pipeline.encode_prompt(
+            prompt=list(captions),
+            prompt_2=None,
+            prompt_3=None,
+            device=device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.max_length,
+        )
+        return text.float(), pooled.float()
+
+
+def _load(kind: Any, directory: Path, wanted: str, *, _complete: bool = False, **settings: Any) -> Any:
+    """`kind.from_pretrained` of a local directory; `_complete` refuses a model whose file lacks or exceeds weights."""
+    if not (Path(directory) / wanted).is_file():
+        raise ValueError(f"{directory} must be a directory with a {wanted} in the layout of its library, got none")
+    if _complete:
+        settings["output_loading_info"] = True
+    try:
+        loaded = kind.from_pretrained(str(directory), local_files_only=True, **settings)
+    except (OSError, KeyError, TypeError, RuntimeError, ValueError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"{directory} must hold a readable {kind.__name__}; {reason}") from error
+    if not _complete:
+        return loaded
+    model, info = loaded
+    for what in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if info.get(what):
+            raise ValueError(f"{directory} must fit {kind.__name__}, but {what} has {sorted(map(str, info[what]))[0]}")
+    return model
+
+
+def _inference(model: nn.Module) -> nn.Module:
+    return model.float().eval().requires_grad_(False)
