@@ -32,7 +32,7 @@ from workers.models.family import Network, build
 from workers.models.sd3 import SD3
 from workers.sample import SampleSet, grid_png, sample_batch
 from workers.slow_flow import measure_slow_flow, new_probe, train_probe
-from workers.train import post_train
+from workers.train import allow_tf32, post_train
 
 log = logging.getLogger(__name__)
 Tell = Callable[[str, int, int, Mapping[str, float]], None]
@@ -97,7 +97,7 @@ def run_stages(site: Site, stages: list[Stage]) -> None:
         if site.rank == 0:
             site.tell(stage.name, 0, 1, {})
         # A training that came before in this process may have left a lower precision; measuring is always in fp32.
-        torch.set_float32_matmul_precision("highest")
+        allow_tf32(False)
         with tempfile.TemporaryDirectory(prefix="mixflow-stage-") as scratch:
             directory = Path(scratch)
             about = WORK[stage.kind](site, stage, inputs, directory)

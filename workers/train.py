@@ -309,4 +309,10 @@ def _set_precision(precision: str) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    allow_tf32(precision != "fp32")
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether GPUs may compute fp32 matrix products and convolutions in TF32 (10 bits of mantissa)."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
