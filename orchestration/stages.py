@@ -7,6 +7,7 @@ import logging
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from mixflow_core.samplers import Sampler
 from orchestration.results import cell_file
 from orchestration.storage import Storage
-from orchestration.workflow import Artifact, Stage, Workspace
+from orchestration.workflow import Artifact, HeldError, Stage, Workspace
 from workers.checkpoint import CheckpointStore
 from workers.codecs import open_codec
 from workers.config import RunConfig
@@ -35,6 +36,7 @@ from workers.slow_flow import measure_slow_flow, new_probe, train_probe
 from workers.train import allow_tf32, post_train
 
 log = logging.getLogger(__name__)
+WAIT_S = 2.0
 Tell = Callable[[str, int, int, Mapping[str, float]], None]
 
 
@@ -90,21 +92,48 @@ Work = Callable[[Site, Stage, Inputs, Path], dict[str, Any]]
 def run_stages(site: Site, stages: list[Stage]) -> None:
     """Runs those of the stages that are still to do, in order, on all workers together."""
     for stage in stages:
-        inputs = site.agree(_inputs(site.workspace, stage) if site.rank == 0 else None)
-        if inputs is None:
-            continue
-        start = time.monotonic()
-        if site.rank == 0:
-            site.tell(stage.name, 0, 1, {})
-        # A training that came before in this process may have left a lower precision; measuring is always in fp32.
-        allow_tf32(False)
-        with tempfile.TemporaryDirectory(prefix="mixflow-stage-") as scratch:
-            directory = Path(scratch)
-            about = WORK[stage.kind](site, stage, inputs, directory)
+        with ExitStack() as lease:
+            inputs = _begin(site, stage, lease)
+            if inputs is None:
+                continue
+            start = time.monotonic()
             if site.rank == 0:
-                seconds = time.monotonic() - start
-                site.workspace.publish(stage.name, directory, seconds=seconds, num_workers=site.world_size, **about)
-                site.tell(stage.name, 1, 1, {})
+                site.tell(stage.name, 0, 1, {})
+            # A training that came before in this process may have left a lower precision: measuring is always in fp32.
+            allow_tf32(False)
+            with tempfile.TemporaryDirectory(prefix="mixflow-stage-") as scratch:
+                directory = Path(scratch)
+                about = WORK[stage.kind](site, stage, inputs, directory)
+                if site.rank == 0:
+                    seconds = time.monotonic() - start
+                    site.workspace.publish(stage.name, directory, seconds=seconds, num_workers=site.world_size, **about)
+                    site.tell(stage.name, 1, 1, {})
+
+
+def _begin(site: Site, stage: Stage, lease: ExitStack) -> Inputs | None:
+    """The inputs of a stage that is now this group's; None if its result is there.
+
+    An experiment beside this one may be at a stage that both share, such as the base: its result is waited for.
+    """
+    told = False
+    while True:
+        answer = site.agree(_try_to_begin(site.workspace, stage, lease) if site.rank == 0 else None)
+        if not isinstance(answer, HeldError):
+            return answer
+        if site.rank == 0 and not told:
+            log.warning("%s; its result is waited for", answer)
+            told = True
+        time.sleep(WAIT_S)  # here and not in one long collective, which would run into the group's time limit
+
+
+def _try_to_begin(workspace: Workspace, stage: Stage, lease: ExitStack) -> Inputs | HeldError | None:
+    if _inputs(workspace, stage) is None:
+        return None
+    try:
+        lease.enter_context(workspace.lease(stage.name))
+    except HeldError as error:
+        return error
+    return _inputs(workspace, stage)  # it may have been published between the first look and the lease
 
 
 def _inputs(workspace: Workspace, stage: Stage) -> Inputs | None:

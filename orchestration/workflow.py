@@ -85,6 +85,10 @@ class Artifact:
         return open_storage(self.uri).fetch(self.path, cache / self.manifest.digest[:16])
 
 
+class HeldError(ValueError):
+    """Somebody else holds the lease."""
+
+
 def stages_of(experiment: Experiment) -> list[Stage]:
     """All stages of an experiment in an order that respects their inputs."""
     e = experiment
@@ -261,13 +265,18 @@ class Workspace:
         self._found.clear()
 
     @contextmanager
-    def lease(self) -> Iterator[None]:
-        """Keeps a second runner away from this experiment; a lease whose holder is gone is taken over.
+    def lease(self, stage: str | None = None) -> Iterator[None]:
+        """Keeps a second runner away from this experiment, or from a stage that experiments share.
+
+        A lease whose holder is gone is taken over.
 
         Raises:
-            ValueError: another process is running it.
+            HeldError: another process is at it.
         """
-        path, stop = f"{self.home}/lease.json", threading.Event()
+        path, what = f"{self.home}/lease.json", f"experiment {self.experiment.name}"
+        if stage is not None:
+            path, what = f"leases/{self.path(stage).replace('/', '-')}.json", f"stage {stage}"
+        stop = threading.Event()
         while not self.storage.put_new(path, _lease()):
             try:
                 holder = json.loads(self.storage.read(path))
@@ -277,8 +286,8 @@ class Workspace:
                 log.warning("%s/%s is unreadable and taken for nobody's", self.storage.uri, path)
                 holder = {"time": 0.0}
             if _is_alive(holder):
-                raise ValueError(
-                    f"experiment {self.experiment.name} must have one runner, but process {holder['pid']} on "
+                raise HeldError(
+                    f"{what} must have one runner, but process {holder['pid']} on "
                     f"{holder['host']} is at it; wait for it or stop it"
                 )
             # Of two that find a dead holder, the second to delete may take the first one's lease away; the conditional

@@ -10,8 +10,9 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
-from orchestration import workflow
+from orchestration import stages, workflow
 from orchestration.recipe import load
 from orchestration.run import _forced
 from orchestration.storage import Storage, open_storage
@@ -61,11 +62,11 @@ def test_an_order_that_respects_the_inputs():
 
 
 def test_what_is_needed_and_nothing_else():
-    stages = stages_of(load("quickstart"))
-    names = [stage.name for stage in stages]
+    every = stages_of(load("quickstart"))
+    names = [stage.name for stage in every]
 
     def needed(target: str) -> list[str]:
-        return [stage.name for stage in needed_for(stages, lambda stage: stage.name == target)]
+        return [stage.name for stage in needed_for(every, lambda stage: stage.name == target)]
 
     assert needed("data") == ["data"]
     assert needed("arms/mixflow/1") == ["data", "base", "arms/mixflow/1"]
@@ -75,7 +76,7 @@ def test_what_is_needed_and_nothing_else():
         *("data", "base", "features", "arms/matched/0", "samples/matched/0", "metrics/matched/0")
     ]
     assert needed("report") == names
-    assert needed_for(stages, lambda stage: False) == []
+    assert needed_for(every, lambda stage: False) == []
 
 
 def test_no_identity_before_the_inputs_are_there(storage, tmp_path):
@@ -362,3 +363,38 @@ def test_a_lease_is_renewed_even_after_a_failure(storage, monkeypatch):
         first = json.loads(storage.read(lease_of(workspace)))["time"]
         assert renewed.wait(60)
         assert json.loads(storage.read(lease_of(workspace)))["time"] > first
+
+
+@pytest.mark.parametrize("published", [True, False])
+def test_a_stage_that_another_experiment_is_at_is_waited_for(storage, monkeypatch, tmp_path, published):
+    """Its result is taken if it comes; if its runner dies, the stage is done here."""
+    monkeypatch.setattr(stages, "WAIT_S", 0.05)
+    worked: list[str] = []
+
+    def work(site, stage, inputs, directory):
+        worked.append(stage.name)
+        (directory / "result").write_text("mine")
+        return {}
+
+    monkeypatch.setitem(stages.WORK, "base", work)
+    workspace, other = workspace_of(storage), workspace_of(storage, "replicates=4")
+    assert workspace.home != other.home
+    publish(other, "data", tmp_path)
+    site = stages.Site(workspace, 0, 1, torch.device("cpu"), tmp_path, lambda *_: None)
+    lease = f"leases/{other.path('base').replace('/', '-')}.json"
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        holder = {"host": socket.gethostname(), "pid": process.pid, "time": time.time()}
+        storage.put(lease, json.dumps(holder).encode())
+        waiting = threading.Thread(target=stages.run_stages, args=(site, [workspace.stages["base"]]))
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        assert not worked
+        if published:
+            publish(other, "base", tmp_path)
+            waiting.join(30)
+        process.communicate(b"\n")
+    waiting.join(30)
+    assert not waiting.is_alive()
+    assert worked == ([] if published else ["base"])
+    assert storage.exists(lease) == published, "what was taken is given back"
