@@ -13,7 +13,7 @@ from typing import Any
 
 from orchestration import cluster, tracking
 from orchestration.experiment import Experiment
-from orchestration.run import Place, check_inputs, open_place
+from orchestration.run import Place, check_inputs, open_workspace
 from orchestration.workflow import Workspace
 from workers.cost import cost_of
 
@@ -146,7 +146,8 @@ def examine(environment: Mapping[str, str]) -> list[dict[str, Any]]:
         _finding("disk", lambda: f"{shutil.disk_usage('.').free / GIB:.1f} GiB free here"),
         _finding("gpu", _gpus),
         _finding("ray", lambda: _ray(environment)),
-        _finding("place", _place),
+        _finding("storage", _storage),
+        _finding("mlflow", _mlflow),
     ]
 
 
@@ -201,8 +202,15 @@ def _ray(environment: Mapping[str, str]) -> str:
     return f"{address}: {nodes} nodes, {there.get('CPU', 0):g} CPUs, {there.get('GPU', 0):g} GPUs"
 
 
-def _place() -> str:
-    place = open_place()
-    if place.warnings:
-        raise ValueError(place.warnings[0])
-    return f"workspace {place.storage.uri}; tracking {place.tracking_uri}; {tracking.ui_command(place.tracking_uri)}"
+def _storage() -> str:
+    storage = open_workspace()
+    storage.check()
+    return f"workspace {storage.uri}: read, written and deleted"
+
+
+def _mlflow() -> str:
+    uri = tracking.default_tracking_uri(open_workspace())
+    warning = tracking.check_tracking(uri)
+    if warning:
+        raise ValueError(warning)
+    return f"{tracking.ui_command(uri)} shows the runs"

@@ -45,6 +45,19 @@ def open_place() -> Place:
     Raises:
         ValueError: one of them cannot be used; a tracking server that does not answer is only a warning.
     """
+    storage = open_workspace()
+    tracking_uri = tracking.default_tracking_uri(storage)
+    storage.check()
+    warning = tracking.check_tracking(tracking_uri)
+    return Place(storage, tracking_uri, [warning] if warning else [])
+
+
+def open_workspace() -> Storage:
+    """The workspace of the environment, not tried yet.
+
+    Raises:
+        ValueError: it cannot be meant.
+    """
     os.environ.update(s3_environment(os.environ))
     uri = os.environ.get("MIXFLOW_WORKSPACE", "")
     if cluster.inside_job() and not (uri.startswith(("s3://", "/", "file:"))):
@@ -52,11 +65,7 @@ def open_place() -> Place:
             "MIXFLOW_WORKSPACE must be an s3:// URI or an absolute path on a shared disk inside a Ray job, "
             f"got {uri!r}; give it in the job's runtime environment"
         )
-    storage = open_storage(uri or "./mixflow-workspace")
-    tracking_uri = tracking.default_tracking_uri(storage)
-    storage.check()
-    warning = tracking.check_tracking(tracking_uri)
-    return Place(storage, tracking_uri, [warning] if warning else [])
+    return open_storage(uri or "./mixflow-workspace")
 
 
 def check_inputs(workspace: Workspace) -> None:

@@ -633,7 +633,7 @@ def check_tracking(tracking_uri: str) -> str | None:
 
     Raises:
         ValueError: one line, for a URI that is none of http, https, sqlite and postgresql, credentials that are refused
-            (401, 403), or a sqlite directory that cannot be written.
+            (401, 403), another server than MLflow's (404), or a sqlite directory that cannot be written.
     """
     scheme = urlsplit(_with_driver(tracking_uri)).scheme
     checks = {"http": _check_http, "https": _check_http, "sqlite": _check_sqlite, DRIVER: _check_postgresql}
@@ -688,6 +688,9 @@ def _check_http(uri: str) -> str | None:
             "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN), "
             "or --allowed-hosts of the server"
         )
+    if status == 404:
+        rule = "MLFLOW_TRACKING_URI must be the address of an MLflow server"
+        raise ValueError(f"{rule}, got 404 (no such page) from {shown}; correct host, port or path")
     if status != 200:
         return f"MLflow at {shown} answers {status}; the run goes on and its events wait in the workspace"
     return None

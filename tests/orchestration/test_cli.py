@@ -272,7 +272,8 @@ def test_verbs_without_an_experiment(capsys, place):
     findings = {finding["what"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
     assert all(finding["ok"] for finding in findings.values()), findings
     assert torch.__version__.split("+")[0] in findings["packages"]["says"]
-    assert str(place) in findings["place"]["says"]
+    assert str(place) in findings["storage"]["says"]
+    assert f"{place}/mlflow.db" in findings["mlflow"]["says"]
 
 
 def test_doctor_names_what_does_not_work(capsys, tmp_path):
@@ -280,8 +281,13 @@ def test_doctor_names_what_does_not_work(capsys, tmp_path):
     os.environ["MIXFLOW_WORKSPACE"] = str(tmp_path / "file" / "workspace")
     assert main(["doctor", "--json"]) == 1
     findings = {finding["what"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
-    assert [what for what, finding in findings.items() if not finding["ok"]] == ["place"]
-    assert "storage must be a writable directory" in findings["place"]["says"]
+    assert [what for what, finding in findings.items() if not finding["ok"]] == ["storage", "mlflow"]
+    assert "storage must be a writable directory" in findings["storage"]["says"]
+    os.environ["MIXFLOW_WORKSPACE"] = str(tmp_path / "workspace")
+    os.environ["MLFLOW_TRACKING_URI"] = "ftp://there"
+    assert main(["doctor", "--json"]) == 1
+    findings = {finding["what"]: finding for finding in json.loads(capsys.readouterr().out)["findings"]}
+    assert [what for what, finding in findings.items() if not finding["ok"]] == ["mlflow"]
 
 
 def test_in_a_process_of_its_own(tmp_path):
@@ -358,6 +364,15 @@ def test_mlflow_that_refuses(refused, serve, status):
     os.environ |= {"MLFLOW_TRACKING_URI": doorkeeper.uri, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
     for verb in ("plan", "run"):
         assert f"must accept the credentials, got {status} from {doorkeeper.uri}" in refused(verb, "quickstart")
+
+
+def test_another_server_at_mlflows_address(refused, serve):
+    other = Doorkeeper(404, "Basic none")
+    serve(other)
+    os.environ |= {"MLFLOW_TRACKING_URI": other.uri, "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0"}
+    assert f"must be the address of an MLflow server, got 404 (no such page) from {other.uri}" in refused(
+        "plan", "quickstart"
+    )
 
 
 def test_mlflow_that_does_not_answer_is_a_warning(capsys):
