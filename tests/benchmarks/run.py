@@ -19,6 +19,7 @@ from bench_checkpoint import checkpoint
 from bench_encode import encode
 from bench_gpu import gpu
 from bench_loop import loop, mixture
+from bench_models import models
 from bench_note import Outcome, host_kind, machine, note, now, record, table
 from bench_runs import mlflow, quickstart
 
@@ -30,6 +31,7 @@ BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
     "mlflow": mlflow,
     "quickstart": quickstart,
     "encode": encode,
+    "models": models,
     "gpu": gpu,
 }
 

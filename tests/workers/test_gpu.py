@@ -1,4 +1,4 @@
-"""The published sizes on a GPU: training in bf16, resuming, sharding, compiling, sampling; and the same, tiny, on a CPU.
+"""The published sizes on a GPU: trained in bf16, resumed, sharded, compiled, sampled; and the same, tiny, on a CPU.
 
 What a GPU alone can show needs one. The tiny variant, which runs everywhere, keeps the tests themselves in order.
 """
@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.nn.modules.module import register_module_forward_hook
 from torch.profiler import ProfilerActivity
-from worker_toys import MIXTURE, differences, local_io
+from worker_toys import differences, local_io
 
 from mixflow_core.mixture import SlowedMixture
 from mixflow_core.samplers import Sampler
 from workers.checkpoint import TrainState
-from workers.config import RunConfig, Training
+from workers.config import RunConfig
 from workers.cost import cost_of
 from workers.data import ImageSet
 from workers.io import LocalIO
@@ -37,13 +37,14 @@ from workers.sample import SampleSet, sample_batch, start_noise
 from workers.train import post_train
 
 STEPS, STOP = 4, 2
-TINY = {
+Config = SiTConfig | DiTDHConfig
+TINY: dict[str, Config] = {
     "sit": SiTConfig(8, 2, 4, 64, 2, 4, 10, learn_sigma=True),
     "ddt": DiTDHConfig(
         input_size=4, in_channels=16, hidden_size=(32, 64), depth=(2, 1), num_heads=(2, 4), num_classes=10
     ),
 }
-PUBLISHED = {"sit": SiTConfig.published("XL"), "ddt": DiTDHConfig.published("XL")}
+PUBLISHED: dict[str, Config] = {"sit": SiTConfig.published("XL"), "ddt": DiTDHConfig.published("XL")}
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 
@@ -51,7 +52,7 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CU
 class Case:
     """A network on a device, with weights and data for it."""
 
-    config: SiTConfig | DiTDHConfig
+    config: Config
     device: torch.device
 
     @cached_property
@@ -68,22 +69,17 @@ class Case:
     def run(self, **training: object) -> RunConfig:
         """A run in bf16; keywords change its training section."""
         values = {"steps": STEPS, "global_batch_size": 8, "precision": "bf16", "log_every": 1, "checkpoint_every": STOP}
-        return RunConfig(
-            model=self.config,
-            mixture=SlowedMixture(**MIXTURE),
-            training=Training.model_validate({**values, **training}),
-            seed=7,
-        )
+        mixture = SlowedMixture("beta", "interval", 0.8, "m")
+        sections = {"model": self.config, "mixture": mixture, "training": {**values, **training}}
+        return RunConfig.model_validate({**sections, "seed": 7})
 
     def train(self, io: LocalIO, *, fresh: bool = True, **training: object) -> TrainState:
-        """Trains to the end; the state on the CPU, so that nothing is left on the device. A resumed run gets no weights."""
-        weights = self.weights if fresh else None
-        run = self.run(**training)
-        state = post_train(run, self.data(24, 0), self.data(8, 1), io, initial=weights, device=self.device)
-        return state.snapshot()
+        """Trains to the end, without initial weights if not `fresh`; what is left of it lies on the CPU."""
+        weights, data, held_out = self.weights if fresh else None, self.data(24, 0), self.data(8, 1)
+        return post_train(self.run(**training), data, held_out, io, initial=weights, device=self.device).snapshot()
 
 
-def randomised(config: SiTConfig | DiTDHConfig) -> nn.Module:
+def randomised(config: Config) -> nn.Module:
     """Initialised, with random numbers where it would start from zeros."""
     model, numbers = build(config).initialise(1), torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -163,7 +159,7 @@ def distance(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> float:
     return float(sum(d for d, _ in squares) / sum(s for _, s in squares)) ** 0.5
 
 
-def test_bf16_computes_with_fp32_weights_averages_and_moments(case: Case, finished: Finished):
+def test_bf16_computes_with_fp32_weights_averages_and_moments(case: Case, finished: Finished) -> None:
     state = finished.state
     assert finished.linear_types == {torch.bfloat16}
     kept = [*state.model.values(), *state.ema.values(), *state.optimizer.values()]
@@ -176,7 +172,7 @@ def test_bf16_computes_with_fp32_weights_averages_and_moments(case: Case, finish
         assert torch.equal(state.ema[name], state.model[name]) == (name not in trained), name
 
 
-def test_stopped_after_a_checkpoint_it_goes_on_to_the_same_bits(case: Case, finished: Finished):
+def test_stopped_after_a_checkpoint_it_goes_on_to_the_same_bits(case: Case, finished: Finished) -> None:
     for path in (finished.directory / "checkpoints").iterdir():
         if int(path.name.split("-")[1]) > STOP:
             shutil.rmtree(path)
@@ -187,7 +183,7 @@ def test_stopped_after_a_checkpoint_it_goes_on_to_the_same_bits(case: Case, fini
     assert differences(case.train(io, fresh=False), finished.state) == []
 
 
-def test_sharded_it_trains_the_same_and_is_put_together(case: Case, finished: Finished):
+def test_sharded_it_trains_the_same_and_is_put_together(case: Case, finished: Finished) -> None:
     try:
         state = case.train(Unsaved(), sharded=True)
         assert dist.get_backend() == ("nccl" if case.device.type == "cuda" else "gloo")
@@ -203,7 +199,7 @@ def test_sharded_it_trains_the_same_and_is_put_together(case: Case, finished: Fi
 @pytest.mark.gpu
 @needs_gpu
 @pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-4), ("bf16", 1e-2)])
-def test_compiled_it_trains_the_same(case: Case, precision: str, tolerance: float):
+def test_compiled_it_trains_the_same(case: Case, precision: str, tolerance: float) -> None:
     eager = case.train(Unsaved(), steps=2, precision=precision)
     torch._dynamo.reset()
     counters.clear()
@@ -212,7 +208,7 @@ def test_compiled_it_trains_the_same(case: Case, precision: str, tolerance: floa
     assert losses(compiled) == pytest.approx(losses(eager), rel=tolerance)
 
 
-def test_a_steps_memory_is_what_was_estimated(case: Case):
+def test_a_steps_memory_is_what_was_estimated(case: Case) -> None:
     training = case.run().training
     estimate = cost_of(case.config).memory_bytes(training, training.global_batch_size, 1)
     assert estimate == pytest.approx(peak_bytes(case), rel=0.25)
@@ -238,7 +234,7 @@ def peak_bytes(case: Case) -> float:
     return most
 
 
-def test_samples_in_bf16_are_close_to_those_in_fp32(case: Case):
+def test_samples_in_bf16_are_close_to_those_in_fp32(case: Case) -> None:
     model, run = randomised(case.config).to(case.device).eval(), case.run()
     torch.set_float32_matmul_precision("highest")  # a run in bf16 leaves it at "high"
     exact, rounded = (sampled(model, run, case.device, bf16=bf16) for bf16 in (False, True))
