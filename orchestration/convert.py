@@ -13,10 +13,17 @@ from orchestration.experiment import Experiment
 from orchestration.run import Place
 from orchestration.workflow import Workspace
 from workers.manifest import measure
-from workers.models.checkpoints import infer_config, load_weights, save_weights
+from workers.models.checkpoints import check_architecture, infer_config, load_weights, save_weights
 from workers.models.sd3 import SD3Config, beside_adapters, load_sd3, save_lora, save_sd3
 
 FILES = (".safetensors", ".pt")
+INFERABLE = ("num_heads", "num_classes", "class_dropout_prob", "projector_depth", "depth")
+
+
+def _is_number(value: Any) -> bool:
+    if isinstance(value, list):
+        return len(value) == 2 and all(map(_is_number, value))  # a DiT-DH's depth
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def import_weights(source: Path, target: Path, *, family: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -42,7 +49,14 @@ def import_weights(source: Path, target: Path, *, family: str | None, given: Map
     if source.is_dir():
         model = {**load_sd3(source)[0], **given}
     else:
-        model = asdict(infer_config(weights, family=family, **given))
+        unknown = sorted(given.keys() - set(INFERABLE))
+        wrong = [key for key, value in given.items() if not _is_number(value)]
+        if unknown or wrong:
+            rule = f"be one of {', '.join(INFERABLE)}" if unknown else "have a number for a value"
+            raise ValueError(f"--set must {rule}, got {(unknown or wrong)[0]!r}; correct it")
+        config = infer_config(weights, family=family, **given)
+        check_architecture(weights, config, source.name)
+        model = asdict(config)
     save_weights(weights, target)
     base = {"checkpoint": str(target.absolute()), "sha256": measure(target).sha256}
     return {"model": json.loads(json.dumps(model)), "base": base}

@@ -87,7 +87,8 @@ def check_inputs(workspace: Workspace) -> None:
     if workspace.artifact("data"):
         _check_data(workspace)
     elif experiment.data.images and experiment.codec:
-        found = plan_encoding(experiment.data.images, experiment.codec).recipe.num_classes
+        with _readable("data.images.source", experiment.data.images.source), _of_section("data.images"):
+            found = plan_encoding(experiment.data.images, experiment.codec).recipe.num_classes
         if found != experiment.model.num_classes:
             raise ValueError(
                 f"model.num_classes must be the {found} of data.images.source, got {experiment.model.num_classes}"
@@ -168,7 +169,8 @@ def _check_features(experiment: Experiment, part: images.ImageSet) -> None:
 
 def _check_codec(experiment: Experiment, config: CodecConfig) -> None:
     """Opens it: hashes, files, and the shape of its latents."""
-    shape = latent_shape_of(config)
+    with _of_section("codec"):
+        shape = latent_shape_of(config)
     model = experiment.model
     if shape != (model.in_channels, model.input_size, model.input_size):
         raise ValueError(
@@ -184,6 +186,16 @@ def _readable(name: str, uri: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise ValueError(f"{name} must be readable, got {uri!r} ({error}); correct the URI or the access") from error
+
+
+@contextmanager
+def _of_section(name: str) -> Iterator[None]:
+    """Says to which section of the file a worker's complaint belongs."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(f"{name}.{text}" if text[:1].isalpha() else f"{name}: {text}") from error
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ class Training(Frozen):
     """
 
     steps: int = Field(ge=1)
-    global_batch_size: int = Field(ge=1)
+    global_batch_size: int = Field(ge=1, le=2**24)
     num_shards: int = Field(default=8, ge=1)
     shards_per_pass: int = Field(default=0, ge=0)
     learning_rate: float = Field(default=1e-4, gt=0, lt=1)

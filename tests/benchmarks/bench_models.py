@@ -146,7 +146,7 @@ def _turns(passes: Mapping[str, Callable[[], None]], turns: int, device: torch.d
     """Seconds of each pass, turn by turn, after one to warm up."""
     found: dict[str, list[float]] = {name: [] for name in passes}
     for turn in range(turns + 1):
-        order = list(passes) if turn % 2 else list(reversed(passes))
+        order = list(passes) if turn % 2 else list(passes)[::-1]
         for name in order:
             start = _now(device)
             passes[name]()

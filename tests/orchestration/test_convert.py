@@ -121,6 +121,38 @@ def test_bad_files_are_refused_in_one_line(tmp_path, capsys):
     assert "checkpoint must have final_layer.linear.weight" in line
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"final_layer.linear.bias": None}, "final_layer.linear.bias is missing (1 in all); the file is incomplete"),
+        ({"stray": torch.zeros(2)}, "stray is not part of it (1 in all)"),
+        ({"pos_embed": torch.zeros(1, 7, 384)}, "pos_embed has shape (1, 7, 384) instead of"),
+        ({"pos_embed": torch.zeros(384)}, "must have tensors of its family's shapes"),
+        ({"x_embedder.proj.weight": torch.zeros(384, 16)}, "must have tensors of its family's shapes"),
+        ({"pos_embed": torch.full((1, 4, 384), torch.nan)}, "must hold finite numbers, got others in pos_embed"),
+        ({"pos_embed": torch.zeros(1, 4, 384, dtype=torch.int64)}, "must hold finite numbers, got others in pos_embed"),
+        ({3: torch.zeros(2)}, "must be a state dict or hold one as 'ema'"),
+    ],
+)
+def test_a_file_that_is_not_quite_a_familys_is_not_imported(change, message, tmp_path, capsys):
+    weights = {**NETWORKS["sit"].state_dict(), **change}
+    torch.save({name: value for name, value in weights.items() if value is not None}, tmp_path / "x.pt")
+    line = refusal(capsys, "import", str(tmp_path / "x.pt"), str(tmp_path / "out.safetensors"))
+    assert message in line
+    assert not (tmp_path / "out.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [("foo=1", "must be one of num_heads, "), ("num_heads=two", "must have a number for a value, got 'num_heads'")],
+)
+def test_what_is_given_must_be_known(given, message, tmp_path, capsys):
+    torch.save(NETWORKS["sit"].state_dict(), tmp_path / "x.pt")
+    assert message in refusal(capsys, "import", str(tmp_path / "x.pt"), str(tmp_path / "o.pt"), "--set", given)
+    (tmp_path / "text.pt").write_text("hello")
+    assert "must hold tensors only" in refusal(capsys, "import", str(tmp_path / "text.pt"), str(tmp_path / "o.pt"))
+
+
 def test_export_refuses_what_there_is_not(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MIXFLOW_WORKSPACE", str(tmp_path / "ws"))
     out = str(tmp_path / "out.pt")

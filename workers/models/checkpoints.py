@@ -48,11 +48,14 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError) as error:
+        # torch's advice on how to run a file's code is cut off, and so are its escape sequences.
+        reason = re.sub(r"\x1b\[\d*m", "", str(error)).partition("\n")[0].partition(". ")[0] or type(error).__name__
         raise ValueError(f"checkpoint {path.name} must hold tensors only, in torch's own format; {reason}") from error
     weights = content.get("ema", content) if isinstance(content, Mapping) else None
-    if not isinstance(weights, Mapping) or not all(isinstance(value, Tensor) for value in weights.values()):
+    if not isinstance(weights, Mapping) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
+    ):
         raise ValueError(f"checkpoint {path.name} must be a state dict or hold one as 'ema', got neither")
     return _renamed(dict(weights))
 
@@ -105,6 +108,8 @@ def infer_config(weights: Mapping[str, Tensor], *, family: str | None = None, **
         raise ValueError(
             f"checkpoint must have {error.args[0]}, which every file of its family has; got none"
         ) from error
+    except (IndexError, TypeError, ZeroDivisionError) as error:
+        raise ValueError(f"checkpoint must have tensors of its family's shapes, got others ({error})") from error
     raise ValueError(
         f"checkpoint must be of a known family{f' ({family})' if family else ''}: SiT and REPA have a y_embedder, RAE "
         f"an s_embedder too, SD3 is a diffusers directory; got {', '.join(sorted(shapes)[:3])} ..."
@@ -112,7 +117,7 @@ def infer_config(weights: Mapping[str, Tensor], *, family: str | None = None, **
 
 
 def _infer_sit(shapes: Mapping[str, tuple[int, ...]], family: str | None, given: Mapping[str, Any]) -> SiTConfig:
-    width, channels, patch, _ = shapes["x_embedder.proj.weight"]
+    width, channels, patch = (shapes["x_embedder.proj.weight"][place] for place in (0, 1, 2))
     projectors = sorted(name for name in shapes if re.fullmatch(r"projectors\.\d+\.4\.weight", name))
     is_repa = family == "repa" or (family is None and bool(projectors))
     qk_norm = "blocks.0.attn.q_norm.weight" in shapes
@@ -186,13 +191,17 @@ def check_architecture(weights: Mapping[str, Tensor], config: ModelConfig, name:
     """Compares names and shapes with those of the model.
 
     Raises:
-        ValueError: they differ; the message names the first difference and the cure, or what the file is instead.
+        ValueError: they differ, and the message names the first difference and the cure, or what the file is instead;
+            or a tensor holds no finite numbers.
     """
     plain = replace(config, lora_rank=0, lora_alpha=None) if isinstance(config, SD3Config) else config
     with torch.device("meta"):
         expected = {key: tuple(value.shape) for key, value in build(plain).state_dict().items()}
     found = {key: tuple(value.shape) for key, value in weights.items()}
     if found == expected:
+        for key, value in weights.items():
+            if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+                raise ValueError(f"checkpoint {name} must hold finite numbers, got others in {key}; take a sound file")
         return
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     differing = sorted(key for key in expected.keys() & found.keys() if expected[key] != found[key])

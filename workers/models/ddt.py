@@ -62,6 +62,8 @@ class DiTDHConfig:
             pair = getattr(self, name)
             if len(pair) != 2 or min(pair) < 1:
                 raise ValueError(f"{name} must be two numbers of at least 1, encoder and decoder, got {pair}")
+        if max(self.depth) > 1000:
+            raise ValueError(f"depth must be at most 1000, got {self.depth}; (28, 2) is the largest published")
         for width, heads in zip(self.hidden_size, self.num_heads, strict=True):
             if width % (4 * heads):
                 raise ValueError(

@@ -68,6 +68,8 @@ class SiTConfig:
         for name in ("input_size", "patch_size", "in_channels", "hidden_size", "depth", "num_heads", "num_classes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.depth > 1000:
+            raise ValueError(f"depth must be at most 1000, got {self.depth}; 28 is the largest published")
         if self.input_size % self.patch_size:
             raise ValueError(f"input_size must be a multiple of patch_size {self.patch_size}, got {self.input_size}")
         if self.hidden_size % self.num_heads or self.hidden_size % 4:
