@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.experiment import Experiment
+from orchestration.recipe import TO_BE_GIVEN
 from orchestration.run import Place
 from orchestration.workflow import Workspace
 from workers.manifest import measure
@@ -47,7 +48,14 @@ def import_weights(source: Path, target: Path, *, family: str | None, given: Map
     weights = load_weights(source)
     model: dict[str, Any]
     if source.is_dir():
-        model = {**load_sd3(source)[0], **given}
+        if family:
+            raise ValueError(f"--family must be left out for a diffusers directory, which is SD3's, got {family!r}")
+        unknown = sorted(given.keys() - {"input_size", "num_classes"})
+        if unknown:
+            raise ValueError(f"--set must be one of input_size, num_classes for SD3, got {unknown[0]!r}; correct it")
+        # The latent's side and the number of captions are the data set's, which a file does not know.
+        ours = {"family": "sd3", "input_size": TO_BE_GIVEN, "num_classes": TO_BE_GIVEN}
+        model = {**ours, **load_sd3(source)[0], **given}
     else:
         unknown = sorted(given.keys() - set(INFERABLE))
         wrong = [key for key, value in given.items() if not _is_number(value)]

@@ -24,6 +24,7 @@ from workers.manifest import canonical_hash
 from workers.models.family import ModelConfig
 from workers.models.sd3 import SD3Config
 
+LEAST_HELD_OUT = 100  # a covariance of 64 features needs more images than features
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 STANDARD = SlowedMixture(time_law="uniform", slowing_law="interval", gamma=0.0, target_time="m")
 
@@ -221,6 +222,13 @@ class Experiment(Frozen):
             raise ValueError(f"model.num_classes must be 10 for the digits, got {self.model.num_classes}")
         if digits and self.codec:
             raise ValueError("codec must be left out for data.digits, which are trained on as pixels")
+        images = self.data.images
+        if images and self.alignment_weight and not images.features:
+            raise ValueError(
+                "data.images.features must be given where alignment_weight is not 0; add it, or set that to 0"
+            )
+        if images and images.held_out < LEAST_HELD_OUT:
+            raise ValueError(f"data.images.held_out must be at least {LEAST_HELD_OUT}, got {images.held_out}; raise it")
         if self.data.images and not self.codec:
             raise ValueError("codec must be given for data.images; {kind: identity, image_size: ...} keeps pixels")
         projectors = getattr(self.model, "projector_dims", ())

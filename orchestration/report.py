@@ -27,7 +27,7 @@ TITLES = {
     "recall": "Recall (higher is better)",
     "fd_pixels": "Frechet distance in pixels (fd_pixels, lower is better)",
 }
-VERSIONS = ("mixflow", "torch", "ray", "mlflow", "pyarrow", "numpy", "scikit-learn")
+VERSIONS = ("mixflow", "torch", "diffusers", "transformers", "ray", "mlflow", "pyarrow", "numpy", "scikit-learn")
 
 
 def write_report(workspace: Workspace, summary: Mapping[str, Any], directory: Path) -> None:

@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mixflow_core.metrics import paired_interval, student_interval
-from orchestration.workflow import Workspace
+from orchestration.experiment import Experiment
+from orchestration.workflow import PATHS_OF_CODEC, Workspace
 from workers.evaluate import METRICS
 
 # metric -> cell -> one value a replicate
@@ -100,6 +101,7 @@ def protocol(workspace: Workspace) -> dict[str, Any]:
     samples = workspace.result(f"samples/{next(iter(experiment.arms))}/0")
     data, features = workspace.result("data"), workspace.result("features")
     evaluation = experiment.evaluation
+    codec = _decoder(experiment)
     return {
         "samplers": [asdict(s) for s in evaluation.samplers],
         "nfe": samples.manifest.meta["nfe"],
@@ -107,12 +109,21 @@ def protocol(workspace: Workspace) -> dict[str, Any]:
         "sample_batch_size": evaluation.sample_batch_size,
         "label_law": "equal (image i has class i mod number of classes)",
         "precision": "fp32",
-        "rounding": "round((x + 1) 127.5) clamped to [0, 255]",
+        "rounding": "round((x + 1) 127.5) clamped to [0, 255]" if not codec else codec["rounding"],
+        **({"codec": codec} if codec else {}),
         "reference": f"held-out split of data {data.manifest.digest[:16]}",
         "features": f"classifier {features.manifest.files['classifier.safetensors'].sha256[:16]}",
         "features_held_out_accuracy": features.manifest.meta["held_out_accuracy"],
         "replicates": experiment.replicates,
     }
+
+
+def _decoder(experiment: Experiment) -> dict[str, Any]:
+    """The codec that made pixels of the samples, without the paths of its files; empty for a model of pixels."""
+    codec = experiment.codec
+    if codec is None or codec.kind == "identity":
+        return {}
+    return {name: value for name, value in asdict(codec).items() if value and name not in PATHS_OF_CODEC}
 
 
 def cell_file(cell: str) -> str:

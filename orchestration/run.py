@@ -14,7 +14,7 @@ from typing import Any
 
 from orchestration import cluster, results, tracking
 from orchestration.encode import encode
-from orchestration.experiment import Experiment
+from orchestration.experiment import LEAST_HELD_OUT, Experiment
 from orchestration.launch import ControllerDiedError, Reporter, cache_directory, launch, start_reporter
 from orchestration.progress import Progress
 from orchestration.recording import Recorder
@@ -26,8 +26,6 @@ from workers.codecs import CodecConfig, latent_shape_of
 from workers.encode import plan_encoding
 from workers.manifest import measure
 from workers.models.family import ModelConfig
-
-LEAST_HELD_OUT = 100  # a covariance of 64 features needs more images than features
 
 
 @dataclass

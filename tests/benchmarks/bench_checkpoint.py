@@ -94,13 +94,12 @@ def _measure(name: str, run: RunConfig, data: ImageSet, device: torch.device, sa
 
 def _held_out(name: str, run: RunConfig, held_out: ImageSet, times: int) -> Figure:
     model = SiT(run.model).initialise(run.seed)
-    weights = {key: p.detach() for key, p in model.named_parameters()}
     with tempfile.TemporaryDirectory(prefix="mixflow-benchmark-") as scratch:
         io = local_io(scratch, lambda step, metrics: None)
         measured = []
         for _ in range(times + 1):
             start = time.perf_counter()
-            held_out_loss(run, model, weights, held_out, io, CPU)
+            held_out_loss(run, model, held_out, io, CPU)
             measured.append(1000 * (time.perf_counter() - start))
     return figure(f"{name}: held-out loss at each checkpoint", "ms", measured[1:])
 

@@ -80,8 +80,21 @@ def test_a_diffusers_directory_goes_in_and_comes_out(tmp_path, capsys):
     save_sd3(tmp_path / "theirs", config, network.state_dict())
     found = answer(capsys, "import", str(tmp_path / "theirs"), str(tmp_path / "sd3.safetensors"))
     assert same(load_weights(tmp_path / "sd3.safetensors"), network.state_dict())
+    assert (found["model"]["input_size"], found["model"]["num_classes"]) == ("TO-BE-GIVEN", "TO-BE-GIVEN")
     model = {**found["model"], "dual_attention_layers": tuple(found["model"]["dual_attention_layers"])}
-    assert SD3Config(**model, input_size=8, num_classes=3) == config
+    assert SD3Config(**{**model, "input_size": 8, "num_classes": 3}) == config
+    line = refusal(capsys, "import", str(tmp_path / "theirs"), str(tmp_path / "b.pt"), "--set", "num_layers=9")
+    assert "--set must be one of input_size, num_classes for SD3, got 'num_layers'" in line
+
+
+def test_a_tensor_that_was_altered_in_a_pt_file_is_noticed(tmp_path, capsys):
+    path = tmp_path / "x.pt"
+    torch.save(NETWORKS["sit"].state_dict(), path)
+    content = bytearray(path.read_bytes())
+    place = content.find(NETWORKS["sit"].state_dict()["final_layer.linear.bias"].numpy().tobytes())
+    content[place] ^= 1
+    path.write_bytes(content)
+    assert "was altered; get it anew" in refusal(capsys, "import", str(path), str(tmp_path / "out.pt"))
 
 
 class Hostile:

@@ -103,7 +103,11 @@ def check_training(finished: Finished) -> None:
 
 
 def check_samples(finished: Finished) -> None:
-    evaluation = finished.experiment.evaluation
+    evaluation, codec = finished.experiment.evaluation, finished.experiment.codec
+    protocol = finished.summary["protocol"]
+    assert protocol["rounding"] == codec.rounding != "round"
+    assert protocol["codec"]["sha256"] == codec.sha256
+    assert str(finished.home) not in str(protocol)
     for arm in finished.experiment.arms:
         artifact = finished.workspace.result(f"samples/{arm}/0")
         assert artifact.manifest.meta["nfe"].keys() == {sampler.name for sampler in evaluation.samplers}

@@ -169,6 +169,7 @@ def test_bf16_computes_with_fp32_weights_averages_and_moments(case: Case, finish
     trained = {name for name, p in build(case.config).named_parameters() if p.requires_grad}
     for name, before in case.weights.items():
         assert torch.equal(state.model[name], before) == (name not in trained), name
+        assert torch.equal(state.ema[name], before) == (name not in trained), name
         assert torch.equal(state.ema[name], state.model[name]) == (name not in trained), name
 
 

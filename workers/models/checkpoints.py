@@ -6,6 +6,7 @@ import argparse
 import math
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,7 @@ def load_weights(path: Path) -> dict[str, Tensor]:
             raise ValueError(f"checkpoint {path.name} must be a readable safetensors file; {error}") from error
     if path.suffix not in (".pt", ".pth"):
         raise ValueError(f"checkpoint must end in .safetensors, .pt or .pth, got {path.name!r}")
+    _check_sums(path)
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -58,6 +60,24 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     ):
         raise ValueError(f"checkpoint {path.name} must be a state dict or hold one as 'ema', got neither")
     return _renamed(dict(weights))
+
+
+def _check_sums(path: Path) -> None:
+    """Torch writes a zip with a checksum of each tensor, and does not look at it when it reads."""
+    if not path.is_file():
+        return
+    with path.open("rb") as file:
+        if file.read(2) != b"PK":  # older files are no zips
+            return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            altered = archive.testzip()
+    except zipfile.BadZipFile as error:
+        raise ValueError(f"checkpoint {path.name} must hold tensors only, in torch's own format; {error}") from error
+    if altered:
+        raise ValueError(
+            f"checkpoint {path.name} must be as it was written, but its {altered} was altered; get it anew"
+        )
 
 
 def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
