@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 from typing import Any, NoReturn
@@ -159,6 +159,8 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
         elif "slow_flow" in outcome:
             print(slow_flow_table(outcome["slow_flow"]))
             print(f"plot:    {outcome['slow_flow']['plot']}")
+        if "data" in outcome:
+            _say_data(outcome["data"])
         for name, uri in (outcome.get("weights") or outcome.get("samples") or {}).items():
             print(f"{name}: {uri}")
         if "report" in outcome:
@@ -167,14 +169,25 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     return outcome
 
 
+def _say_data(data: Mapping[str, Any]) -> None:
+    """Where encoded data lie, and which images are not among them."""
+    print(f"data:    {data['uri']} ({data['num_images']:,} images)")
+    for found in data["unreadable"][:20]:
+        print(f"unreadable, left out: {found['name']} ({found['reason']})")
+    if len(data["unreadable"]) > 20:
+        print(f"unreadable, left out: {len(data['unreadable'])} in all, listed in {data['uri']}/unreadable.json")
+
+
 def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
     from orchestration.plan import cost_lines, costs, make_plan, plan_text
     from orchestration.recipe import filled, read, to_be_given, validated
     from orchestration.run import open_place
 
-    for name in ("mfu", "peak_tflops"):
-        if not getattr(arguments, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} must be positive, got {getattr(arguments, name)}")
+    for name, most in (("mfu", 1.0), ("peak_tflops", 1e6)):
+        if not 0 < getattr(arguments, name) <= most:
+            raise ValueError(
+                f"--{name.replace('_', '-')} must lie in (0, {most:g}], got {getattr(arguments, name)}; correct it"
+            )
     raw = read(arguments.experiment, arguments.overrides)
     missing = to_be_given(raw)
     if missing:

@@ -10,17 +10,18 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from orchestration.inputs import local_codec, local_encoders
 from orchestration.launch import RunFailedError
 from orchestration.storage import Storage
 from workers.codecs import CodecConfig
 from workers.data import CAPTIONS, Split, Statistics, shard_path, write_statistics
-from workers.encode import CODEC_PATHS, TRANSFORM, Encoder, Images, Plan, Recipe, Shard, encode_captions, plan_encoding
+from workers.encode import TRANSFORM, Encoder, Images, Plan, Recipe, Shard, encode_captions, plan_encoding
 from workers.manifest import FileEntry, Manifest, canonical_hash
 from workers.sources import Place
 
@@ -80,8 +81,9 @@ def encode(
         RunFailedError: a worker failed.
     """
     start = time.monotonic()
-    settings, codec = _absolute(settings, codec)
-    plan = plan_encoding(settings, codec)
+    plan = plan_encoding(local_encoders(settings), codec)
+    # Each worker brings the models to its own machine.
+    plan = plan._replace(recipe=plan.recipe._replace(settings=settings))
     records = f"encoding/{path.replace('/', '-')}"
     task = Task(plan.recipe, storage, path, records, max(1, int(cpus_per_worker)), gpus_per_worker > 0)
     found = _follow(_run(plan, task, num_workers, cpus_per_worker, gpus_per_worker), plan, tell)
@@ -98,17 +100,6 @@ def encode(
     manifest = _commit(plan, task, found, meta)
     storage.delete(records)
     return manifest
-
-
-def _absolute(settings: Images, codec: CodecConfig) -> tuple[Images, CodecConfig]:
-    """Workers have working directories of their own."""
-
-    def resolve(path: str | None) -> str | None:
-        return str(Path(path).expanduser().absolute()) if path else path
-
-    paths = {name: resolve(getattr(settings, name)) for name in ("source", "features", "text_encoders")}
-    files: dict[str, Any] = {name: resolve(getattr(codec, name)) for name in CODEC_PATHS}
-    return settings.model_copy(update=paths), replace(codec, **files)
 
 
 # ---------------------------------------------------------------------------------------------------- on the driver
@@ -246,7 +237,10 @@ class Worker:
 
         self.task = task
         device = torch.device("cuda" if task.on_gpu else "cpu")
-        self.encoder = Encoder(task.recipe, device, task.threads)
+        recipe = task.recipe._replace(
+            settings=local_encoders(task.recipe.settings), codec=local_codec(task.recipe.codec)
+        )
+        self.encoder = Encoder(recipe, device, task.threads)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """One piece; what went wrong is part of the answer, in one line."""
@@ -272,7 +266,7 @@ class Worker:
 
     def _encode(self, piece: Mapping[str, Any], directory: Path) -> dict[str, Any]:
         if "captions" in piece:
-            encode_captions(self.task.recipe.settings, piece["captions"], directory, self.encoder.device)
+            encode_captions(self.encoder.recipe.settings, piece["captions"], directory, self.encoder.device)
             return {"statistics": None, "unreadable": []}
         split, number, places, labels = piece["shard"]
         encoded = self.encoder.encode(

@@ -123,11 +123,11 @@ class Evaluation(Frozen):
     """
 
     samplers: tuple[Sampler, ...] = Field(min_length=1)
-    num_samples: int = Field(default=2000, ge=100)
-    sample_batch_size: int = Field(default=250, ge=1)
+    num_samples: int = Field(default=2000, ge=100, le=10_000_000)
+    sample_batch_size: int = Field(default=250, ge=1, le=100_000)
     primary: str
     recall_margin: float = Field(default=0.02, ge=0, le=1)
-    slow_flow_samples: int = Field(default=500, ge=10)
+    slow_flow_samples: int = Field(default=500, ge=10, le=1_000_000)
 
     @model_validator(mode="after")
     def _declared(self) -> Self:

@@ -13,7 +13,8 @@ from typing import Any
 
 from orchestration import cluster, tracking
 from orchestration.experiment import Experiment
-from orchestration.run import Place, check_inputs, open_workspace
+from orchestration.inputs import check_inputs
+from orchestration.run import Place, open_workspace
 from orchestration.workflow import Workspace
 from workers.cost import cost_of
 

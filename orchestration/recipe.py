@@ -164,6 +164,8 @@ def _apply(raw: dict[str, Any], override: str) -> None:
     except yaml.YAMLError as error:
         raise ValueError(f"--set {key} must have a value that is YAML, got {text!r}") from error
     *parents, last = key.split(".")
+    if last.endswith("sha256"):
+        value = text  # 64 digits are a number in YAML
     target: Any = raw
     for parent in parents:
         target = _step(target, parent, key)

@@ -6,26 +6,23 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from orchestration import cluster, results, tracking
 from orchestration.encode import encode
-from orchestration.experiment import LEAST_HELD_OUT, Experiment
-from orchestration.launch import ControllerDiedError, Reporter, cache_directory, launch, start_reporter
+from orchestration.experiment import Experiment
+from orchestration.inputs import check_data, check_inputs, given_base, given_guide, given_weights
+from orchestration.launch import ControllerDiedError, Reporter, launch, start_reporter
 from orchestration.progress import Progress
 from orchestration.recording import Recorder
 from orchestration.report import slow_flow_plot, text_table, write_report
 from orchestration.storage import Storage, open_storage, s3_environment
 from orchestration.workflow import Stage, Workspace, code_version, needed_for
 from workers import data as images
-from workers.codecs import CodecConfig, latent_shape_of
-from workers.encode import plan_encoding
-from workers.manifest import measure
-from workers.models.family import ModelConfig
 
 
 @dataclass
@@ -64,187 +61,6 @@ def open_workspace() -> Storage:
             f"got {uri!r}; give it in the job's runtime environment"
         )
     return open_storage(uri or "./mixflow-workspace")
-
-
-def check_inputs(workspace: Workspace) -> None:
-    """Reads everything that was given or that an earlier run left, before any worker is started.
-
-    Raises:
-        ValueError: data or a checkpoint that cannot be used; CorruptError: an artifact that was altered.
-    """
-    experiment, cache = workspace.experiment, cache_directory()
-    if experiment.data.shards:
-        with _readable("data.shards", experiment.data.shards):
-            if workspace.artifact("data") is None:
-                raise ValueError(
-                    f"data.shards must be a directory with a manifest.json, got {experiment.data.shards!r}; "
-                    "publish it, or correct the URI"
-                )
-    if experiment.codec:
-        _check_codec(experiment, experiment.codec)
-    if workspace.artifact("data"):
-        _check_data(workspace)
-    elif experiment.data.images and experiment.codec:
-        with _readable("data.images.source", experiment.data.images.source), _of_section("data.images"):
-            found = plan_encoding(experiment.data.images, experiment.codec).recipe.num_classes
-        if found != experiment.model.num_classes:
-            raise ValueError(
-                f"model.num_classes must be the {found} of data.images.source, got {experiment.model.num_classes}"
-            )
-    given = {"base": _given_base(experiment), "guide": _given_guide(experiment)}
-    for name, checkpoint in given.items():
-        if checkpoint and workspace.artifact(name) is None:
-            with _given_weights(checkpoint):
-                pass  # readable, of the right hash and architecture
-    for stage in workspace.stages.values():
-        artifact = workspace.artifact(stage.name)
-        if artifact and workspace.storage.is_local:  # elsewhere what is read is verified when it is read
-            artifact.fetch(cache)
-
-
-def _check_data(workspace: Workspace) -> None:
-    directory = workspace.result("data").fetch(cache_directory())
-    for split in images.SPLITS:
-        _check_split(workspace.experiment, split, directory)
-
-
-def _check_split(experiment: Experiment, name: images.Split, directory: Path) -> None:
-    """Every shard: whether it is sound, and fits the model, the codec and the metrics."""
-    model, codec = experiment.model, experiment.codec.description if experiment.codec else None
-    present: set[int] = set()
-    count = 0
-    for part, num_classes in images.read_shards(directory, name):
-        present |= set(part.labels.tolist())
-        count += len(part.labels)
-        if part.codec != codec:
-            _refuse_codec(part.codec, codec)
-        if part.shape != (model.in_channels, model.input_size, model.input_size):
-            raise ValueError(
-                f"model.input_size and in_channels must fit the data's shape {part.shape}, "
-                f"got {model.input_size} and {model.in_channels}"
-            )
-        if num_classes != model.num_classes:
-            raise ValueError(f"model.num_classes must be the data's {num_classes}, got {model.num_classes}")
-        if (model.family == "sd3") != (part.captions is not None):
-            raise ValueError(
-                f"data must have {'captions' if model.family == 'sd3' else 'labels'} for model.family "
-                f"{model.family}, got the other; encode it for this model"
-            )
-        if part.codec is None and part.images.dtype != "uint8":
-            raise ValueError(f"data must be uint8 pixels, got {part.images.dtype} in {name}; the metrics read pixels")
-        if part.codec is not None and part.pixels is None:
-            raise ValueError(
-                f"data must keep the pixels of {name}, which the metrics read; set data.images.keep_pixels: all"
-            )
-        if experiment.alignment_weight and name == "train":
-            _check_features(experiment, part)
-    absent = sorted(set(range(model.num_classes)) - present)
-    if name == "train" and absent and model.family != "sd3":
-        raise ValueError(f"data must hold training images of every class, got none of class {absent[0]}; add some")
-    if name == "held_out" and count < LEAST_HELD_OUT:
-        raise ValueError(f"data must hold out at least {LEAST_HELD_OUT} images to compare with, got {count}; add some")
-
-
-def _refuse_codec(found: Mapping[str, Any] | None, wanted: Mapping[str, Any] | None) -> None:
-    if found is None or wanted is None:
-        kinds = [codec["kind"] if codec else "pixels" for codec in (found, wanted)]
-        raise ValueError(f"codec must be that of the data, {kinds[0]}, got {kinds[1]}; correct codec or the data")
-    key = next(key for key in {**found, **wanted} if found.get(key) != wanted.get(key))
-    raise ValueError(
-        f"codec.{key} must be the data's {found.get(key)!r}, got {wanted.get(key)!r}; encode the data anew"
-    )
-
-
-def _check_features(experiment: Experiment, part: images.ImageSet) -> None:
-    wanted = (experiment.model.num_tokens, experiment.model.projector_dims[0])  # type: ignore[union-attr]
-    found = None if part.features is None else part.features.shape[1:]
-    if found != wanted:
-        raise ValueError(
-            f"data must hold alignment features of {wanted[0]} tokens and width {wanted[1]}, got {found or 'none'}; "
-            "encode them with data.images.features, or set alignment_weight: 0"
-        )
-
-
-def _check_codec(experiment: Experiment, config: CodecConfig) -> None:
-    """Opens it: hashes, files, and the shape of its latents."""
-    with _of_section("codec"):
-        shape = latent_shape_of(config)
-    model = experiment.model
-    if shape != (model.in_channels, model.input_size, model.input_size):
-        raise ValueError(
-            f"model.in_channels and input_size must fit the codec's latents {shape}, "
-            f"got {model.in_channels} and {model.input_size}"
-        )
-
-
-@contextmanager
-def _readable(name: str, uri: str) -> Iterator[None]:
-    """What was given may lie in another storage than the workspace, which nobody has tried yet."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{name} must be readable, got {uri!r} ({error}); correct the URI or the access") from error
-
-
-@contextmanager
-def _of_section(name: str) -> Iterator[None]:
-    """Says to which section of the file a worker's complaint belongs."""
-    try:
-        yield
-    except ValueError as error:
-        text = str(error)
-        raise ValueError(f"{name}.{text}" if text[:1].isalpha() else f"{name}: {text}") from error
-
-
-@dataclass(frozen=True)
-class _Given:
-    """A checkpoint that the experiment names."""
-
-    where: str
-    uri: str
-    sha256: str
-    model: ModelConfig
-
-
-def _given_base(experiment: Experiment) -> _Given | None:
-    base = experiment.base
-    if not base.checkpoint:
-        return None
-    return _Given("base", base.checkpoint, base.sha256 or "", experiment.model)
-
-
-def _given_guide(experiment: Experiment) -> _Given | None:
-    guide = experiment.guide
-    return _Given("guide", guide.checkpoint, guide.sha256, guide.model) if guide else None
-
-
-@contextmanager
-def _given_weights(given: _Given) -> Any:
-    """A local, verified, strictly fitting copy of given weights as a state dict."""
-    from workers.models.checkpoints import check_architecture, load_weights
-
-    folder, _, name = given.uri.rpartition("/")
-    with tempfile.TemporaryDirectory(prefix="mixflow-given-") as scratch:
-        storage = open_storage(folder or ("/" if given.uri.startswith("/") else "."))
-        path = Path(storage.uri) / name if storage.is_local else Path(scratch) / name
-        if not storage.is_local:
-            with _readable(f"{given.where}.checkpoint", given.uri):
-                path.write_bytes(storage.read(name))
-        if path.is_dir():
-            raise ValueError(
-                f"{given.where}.checkpoint must be a file, got the directory {given.uri!r}; "
-                "mixflow import makes a file of a diffusers directory"
-            )
-        if not path.is_file():
-            raise ValueError(f"{given.where}.checkpoint must be a file, got {given.uri!r}, which does not exist")
-        found = measure(path).sha256
-        if found != given.sha256:
-            raise ValueError(
-                f"{given.where}.sha256 must be the checkpoint's {found}, got {given.sha256}; the file is another one"
-            )
-        weights = load_weights(path)
-        check_architecture(weights, given.model, given.uri)
-        yield weights
 
 
 def run_experiment(
@@ -351,7 +167,7 @@ def _encode(workspace: Workspace, cleanup: ExitStack, progress: Progress) -> Non
         tell=tell,
         about={"stage": "data", "code": code_version()},
     )
-    _check_data(workspace)
+    check_data(workspace)
 
 
 def _driver_stages(workspace: Workspace, stages: list[Stage], progress: Progress) -> None:
@@ -364,13 +180,14 @@ def _driver_stages(workspace: Workspace, stages: list[Stage], progress: Progress
             images.write_shards(images.digits(digits.image_size, digits.held_out), Path(scratch), num_classes=10)
             workspace.publish("data", Path(scratch), seconds=time.monotonic() - start)
         progress.show({"stage": "data", "done": 1, "total": 1, "metrics": {}})
-    for name, given in (("base", _given_base(workspace.experiment)), ("guide", _given_guide(workspace.experiment))):
-        if name not in names or given is None or workspace.artifact(name) is not None:
+    for given in (given_base(workspace.experiment), given_guide(workspace.experiment)):
+        name = given.section if given else ""
+        if given is None or name not in names or workspace.artifact(name) is not None:
             continue
         from workers.models.checkpoints import save_weights
 
         start = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch, _given_weights(given) as weights:
+        with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch, given_weights(given) as weights:
             save_weights(weights, Path(scratch) / "weights.safetensors")
             workspace.publish(name, Path(scratch), seconds=time.monotonic() - start)
         progress.show({"stage": name, "done": 1, "total": 1, "metrics": {}})
@@ -428,6 +245,8 @@ def _finish(
             recorder.artifacts([f"{report.path}/{name}" for name in report.manifest.files])
     elif "samples" in kinds:
         outcome["samples"] = {n: workspace.result(n).full_uri for n in names if n.startswith("samples/")}
+    elif kinds == {"data"}:
+        outcome["data"] = _data(workspace)
     elif "arms" in kinds:
         outcome["weights"] = {n: workspace.result(n).full_uri for n in names if n.startswith("arms/")}
     recorder.end("FINISHED")
@@ -450,6 +269,19 @@ def _make_report(workspace: Workspace, summary: Mapping[str, Any], progress: Pro
             write_report(workspace, summary, Path(scratch))
             workspace.publish("report", Path(scratch), seconds=time.monotonic() - start)
         progress.show({"stage": "report", "done": 1, "total": 1, "metrics": {}})
+
+
+def _data(workspace: Workspace) -> dict[str, Any]:
+    """Where the data lie, how many images they are by split, and which could not be read."""
+    artifact = workspace.result("data")
+    splits = {name: found["num_images"] for name, found in json.loads(artifact.read("statistics.json")).items()}
+    unreadable = json.loads(artifact.read("unreadable.json")) if "unreadable.json" in artifact.manifest.files else []
+    return {
+        "uri": artifact.full_uri,
+        "num_images": sum(splits.values()),
+        "splits": splits,
+        "unreadable": unreadable,
+    }
 
 
 def _place_slow_flow(workspace: Workspace) -> dict[str, Any]:

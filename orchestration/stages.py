@@ -20,6 +20,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from mixflow_core.samplers import Sampler
+from orchestration.inputs import local_codec
 from orchestration.results import cell_file
 from orchestration.storage import Storage
 from orchestration.workflow import Artifact, HeldError, Stage, Workspace
@@ -310,5 +311,5 @@ def _decoder(site: Site) -> Callable[[torch.Tensor], torch.Tensor]:
     config = site.workspace.experiment.codec
     if config is None or config.kind == "identity":
         return to_pixels
-    codec = open_codec(config, site.device)
+    codec = open_codec(local_codec(config), site.device)
     return lambda latents: codec.decode(latents.to(site.device)).cpu()

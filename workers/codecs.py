@@ -29,7 +29,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _RAE_PATCH = 16  # pixels of the image for one latent, whatever the encoder's own patch
 _SOURCES = {
     "identity": (),
-    "vae": ("weights",),
+    "vae": ("weights", "decoder"),
     "rae": ("weights", "decoder", "statistics"),
 }
 
@@ -50,8 +50,9 @@ class CodecConfig:
             autoencoders (SiT, REPA), 1.5305 for SD3's.
         shift: of the vae's latents: 0, or 0.0609 for SD3's.
         posterior: whether the vae's latents are drawn from the posterior or are its mean.
-        decoder: RAE's ViT decoder, a `.pt` or `.safetensors` state dict.
-        decoder_sha256: SHA-256 of that file.
+        decoder: RAE's ViT decoder, a `.pt` or `.safetensors` state dict; or a second autoencoder in diffusers' layout
+            for a vae whose samples are decoded by another one than encoded the data (REPA's), else left out.
+        decoder_sha256: SHA-256 of that file, or directory_hash of that directory.
         decoder_heads: its attention heads, which a state dict does not tell: 16 in ViT-L and ViT-XL, 12 in ViT-B.
         statistics: RAE's `mean` and `var` of the latents, element by element (`stat.pt`).
         statistics_sha256: SHA-256 of that file.
@@ -105,6 +106,8 @@ class CodecConfig:
         if name not in _SOURCES[self.kind]:
             if path or digest:
                 raise ValueError(f"{name} must be left out for the codec {self.kind}, got {path or digest!r}")
+        elif not path and (self.kind, name) == ("vae", "decoder") and not digest:
+            return  # the autoencoder itself decodes
         elif not path:
             raise ValueError(f"{name} must be given for the codec {self.kind}, got ''; name a local path")
         elif not re.fullmatch("[0-9a-f]{64}", digest):
@@ -185,6 +188,13 @@ class VaeCodec(Codec):
     def __init__(self, config: CodecConfig, device: torch.device) -> None:
         super().__init__(config, device)
         self.vae: Any = load_vae(Path(config.weights)).to(device)
+        self.decoder: Any = self.vae
+        if config.decoder:
+            _check_hash("decoder", Path(config.decoder), directory_hash(Path(config.decoder)), config.decoder_sha256)
+            self.decoder = load_vae(Path(config.decoder)).to(device)
+            mine, its = ((len(v.config.block_out_channels), v.config.latent_channels) for v in (self.vae, self.decoder))
+            if mine != its:
+                raise ValueError(f"decoder must have the (levels, latent channels) {mine} of weights, got {its}")
         self.factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         if config.image_size % self.factor:
             raise ValueError(f"image_size must be a multiple of {self.factor} for this vae, got {config.image_size}")
@@ -205,7 +215,7 @@ class VaeCodec(Codec):
     def decode(self, latent: Tensor) -> Tensor:
         """See Codec."""
         with _exact(self.device):
-            images = self.vae.decode(latent.to(self.device).float() / self.config.scale + self.config.shift).sample
+            images = self.decoder.decode(latent.to(self.device).float() / self.config.scale + self.config.shift).sample
         return quantise(images, self.config.rounding)
 
 

@@ -58,7 +58,7 @@ class Training(Frozen):
     compile: bool = False
     log_every: int = Field(default=100, ge=1)
     checkpoint_every: int = Field(default=1000, ge=1)
-    keep_checkpoints: int = Field(default=2, ge=1)
+    keep_checkpoints: int = Field(default=2, ge=1, le=1000)
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

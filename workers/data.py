@@ -296,6 +296,37 @@ def read_shards(directory: Path, split: Split) -> Iterator[tuple[ImageSet, int]]
         yield part._replace(captions=captions), num_classes
 
 
+def facts_of(directory: Path, split: Split) -> dict[str, Any]:
+    """What a split is, after reading and checking all of it; plain JSON.
+
+    Returns:
+        `num_images`, `shape` [C, H, W] of what a model sees, `dtype` and `codec` of what is stored, `num_classes`,
+        `absent_class` (the first without an image, or None), `features` [T, D] or None, `image_size` of the pixels that
+        were kept or None, and `has_captions`.
+
+    Raises:
+        ValueError: see read_shards.
+    """
+    facts: dict[str, Any] = {}
+    present, count = np.zeros(0, bool), 0
+    for part, num_classes in read_shards(directory, split):
+        if not facts:
+            present = np.zeros(num_classes, bool)
+            seen = part.images if part.codec is None else part.pixels
+            facts = {
+                "shape": list(part.shape),
+                "dtype": str(part.images.dtype),
+                "codec": part.codec,
+                "num_classes": num_classes,
+                "features": None if part.features is None else list(part.features.shape[1:]),
+                "image_size": None if seen is None else seen.shape[-1],
+                "has_captions": part.captions is not None,
+            }
+        present[part.labels] = True
+        count += len(part.labels)
+    return {**facts, "num_images": count, "absent_class": None if present.all() else int(present.argmin())}
+
+
 def read_captions(directory: Path) -> CaptionTable | None:
     """The captions beside the shards; None for a set with class labels.
 

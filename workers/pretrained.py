@@ -85,6 +85,7 @@ def _load(kind: Any, directory: Path, wanted: str, *, _complete: bool = False, *
     """`kind.from_pretrained` of a local directory; `_complete` refuses a model whose file lacks or exceeds weights."""
     if not (Path(directory) / wanted).is_file():
         raise ValueError(f"{directory} must be a directory with a {wanted} in the layout of its library, got none")
+    _no_bars()
     if _complete:
         settings["output_loading_info"] = True
     try:
@@ -99,6 +100,15 @@ def _load(kind: Any, directory: Path, wanted: str, *, _complete: bool = False, *
         if info.get(what):
             raise ValueError(f"{directory} must fit {kind.__name__}, but {what} has {sorted(map(str, info[what]))[0]}")
     return model
+
+
+def _no_bars() -> None:
+    """Both libraries draw a bar for every model they load, also before an error."""
+    import diffusers
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.disable_progress_bar()
 
 
 def _inference(model: nn.Module) -> nn.Module:

@@ -184,6 +184,7 @@ def _tar(root: Path, file: str, captions: bool) -> Iterator[_Found]:
                 if suffix.lower() in group:
                     raise ValueError(f"source must have one member of a name in a tar, got {member.name} twice: {file}")
                 group[suffix.lower()] = member
+            _check_end(root / file, tar.offset)
             for key, members in groups.items():
                 name = f"{file}:{key}"
                 images = [member for suffix, member in members.items() if f".{suffix}" in IMAGE_SUFFIXES]
@@ -201,6 +202,14 @@ def _tar(root: Path, file: str, captions: bool) -> Iterator[_Found]:
                 yield Place(name, file, images[0].offset_data, images[0].size), text if captions else _label(text, name)
     except (tarfile.TarError, OSError) as error:
         raise ValueError(f"source must hold whole, uncompressed tar files, got {root / file} ({error})") from error
+
+
+def _check_end(path: Path, end: int) -> None:
+    """A tar ends with blocks of zeros; tarfile takes a file that was cut off between two members for a whole one."""
+    with path.open("rb") as file:
+        file.seek(end)
+        if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("it was cut off")
 
 
 # --------------------------------------------------------------------------------------------------------- Parquet

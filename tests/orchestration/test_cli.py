@@ -138,6 +138,9 @@ def recipe(tmp_path: Path) -> Callable[..., str]:
         ("base.checkpoint=x.safetensors", "base must give exactly one of 'checkpoint' and 'train'"),
         ("base={checkpoint: x.safetensors}", "base must give 'checkpoint' and 'sha256' together; sha256sum FILE"),
         ("base={checkpoint: x.safetensors, sha256: abc}", "base.sha256 must match ^[0-9a-f]{64}$, got 'abc'"),
+        ("base.train=", "base must give exactly one of 'checkpoint' and 'train'"),
+        ("evaluation.num_samples=1000000000000", "evaluation.num_samples must be at most 10000000, got 1000000000000"),
+        ("training.keep_checkpoints=100000", "training.keep_checkpoints must be at most 1000, got 100000"),
         ("arms.<b>x={}", "arms must have names of letters, digits, '_', '.' and '-', got '<b>x'; rename it"),
     ],
 )
@@ -577,7 +580,12 @@ def test_a_checkpoint_that_cannot_be_the_base(refused, recipe, checkpoint, tmp_p
     line = refused(verb, recipe(base=given(checkpoint, wrong)))
     assert f"base.sha256 must be the checkpoint's {right}, got {wrong}" in line
 
+    line = refused(verb, "quickstart", "--set", "base.train=", "--set", f"base.checkpoint={checkpoint}",
+                   "--set", f"base.sha256={wrong}")  # fmt: skip
+    assert f"base.sha256 must be the checkpoint's {right}, got {wrong}" in line
+
     line = refused(verb, recipe(base=given(checkpoint), model=MODEL | {"depth": 2}))
+    assert "base.checkpoint " in line
     assert "must fit the model, but blocks.1." in line
     assert "is missing" in line
     line = refused(verb, recipe(base=given(checkpoint), model=MODEL | {"hidden_size": 64}))

@@ -92,6 +92,8 @@ def _give_codec(codec: dict[str, Any], home: Path) -> None:
     codec["image_size"] = IMAGE_SIZE
     if codec["kind"] == "vae":
         codec |= {"weights": str(home / "vae"), "sha256": tiny_vae(home / "vae")}
+        if codec.get("decoder"):
+            codec |= {"decoder": str(home / "vae2"), "decoder_sha256": tiny_vae(home / "vae2", seed=1)}
         return
     codec |= {"weights": str(home / "dino"), "sha256": tiny_dinov2(home / "dino"), "decoder_heads": 2}
     codec |= {"decoder": str(home / "decoder.pt"), "decoder_sha256": tiny_rae_decoder(home / "decoder.pt")}

@@ -153,6 +153,24 @@ def test_a_vae_decodes_as_the_library_does(tmp_path, changes):
     assert 20 < decoded.float().std() < 120  # neither constant nor all clamped
 
 
+def test_a_vae_may_decode_with_another_one_than_encodes(tmp_path):
+    tiny_vae(tmp_path / "two", seed=1)
+    one, two = vae_config(tmp_path / "one"), vae_config(tmp_path / "two")
+    both = replace(one, decoder=two.weights, decoder_sha256=two.sha256)
+    latent = normals(2, 4, 4, 4)
+    assert torch.equal(open_codec(both, CPU).decode(latent), open_codec(two, CPU).decode(latent))
+    assert not torch.equal(open_codec(both, CPU).decode(latent), open_codec(one, CPU).decode(latent))
+    images = pixels(2, 32)
+    assert torch.equal(open_codec(both, CPU).encode(images), open_codec(one, CPU).encode(images))
+    assert both.description == one.description
+    with pytest.raises(ValueError, match=r"decoder .* must have the SHA-256 0+, got"):
+        open_codec(replace(both, decoder_sha256="0" * 64), CPU)
+    tiny_vae(tmp_path / "three", latent_channels=2)
+    digest = directory_hash(tmp_path / "three")
+    with pytest.raises(ValueError, match=r"decoder must have the \(levels, latent channels\) \(4, 4\) of weights, got"):
+        open_codec(replace(both, decoder=str(tmp_path / "three"), decoder_sha256=digest), CPU)
+
+
 def test_published_autoencoders_with_the_old_names_of_attention_are_read(tmp_path):
     """The files of Stable Diffusion's first autoencoders say query, key, value and proj_attn."""
     before = open_codec(vae_config(tmp_path / "vae"), CPU).encode(pixels(1, 32))
@@ -642,7 +660,9 @@ def test_a_codec_is_read_from_json(values):
         ({**VAE, "channels": 1}, "channels must be 3 for the codec vae, got 1"),
         ({**VAE, "weights": ""}, "weights must be given for the codec vae, got ''; name a local path"),
         ({**VAE, "sha256": "abc"}, "sha256 must be 64 hexadecimal digits, got 'abc'; with 64 zeros, the error names"),
-        ({**VAE, "decoder": "d"}, "decoder must be left out for the codec vae, got 'd'"),
+        ({**VAE, "decoder": "d"}, "decoder_sha256 must be 64 hexadecimal digits, got ''"),
+        ({**VAE, "decoder_sha256": "0" * 64}, "decoder must be given for the codec vae, got ''; name a local path"),
+        ({**VAE, "statistics": "s"}, "statistics must be left out for the codec vae, got 's'"),
         ({**RAE, "statistics": ""}, "statistics must be given for the codec rae, got ''; name a local path"),
         ({**RAE, "decoder_sha256": ""}, "decoder_sha256 must be 64 hexadecimal digits, got ''"),
         ({**RAE, "image_size": 250}, "image_size must be a multiple of 16 for rae, got 250"),

@@ -486,6 +486,16 @@ def test_broken_files_are_refused_by_name(tmp_path):
         assert name in refused(root)
 
 
+def test_a_tar_that_was_cut_off_between_two_members_is_refused(tmp_path):
+    webdataset(tmp_path, pictures(30))
+    path = tmp_path / "part-1.tar"
+    with tarfile.open(path) as tar:
+        end = tar.getmembers()[-2].offset
+    path.write_bytes(path.read_bytes()[:end])
+    assert "whole, uncompressed tar files" in (line := refused(tmp_path))
+    assert "part-1.tar (it was cut off)" in line
+
+
 def test_a_name_twice_in_a_tar_is_refused(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         for _ in range(2):

@@ -218,6 +218,10 @@ class _Rotary(nn.Module):
 
 def rotated(x: Tensor, factors: Tensor) -> Tensor:
     """Adjacent pairs of x (B, T, heads, head_dim) as complex numbers, times factors; in float32, one pass over x."""
+    if torch.compiler.is_compiling():  # Inductor fuses real arithmetic, and leaves complex numbers to slow kernels
+        a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+        cos, sin = torch.view_as_real(factors).unbind(-1)
+        return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * factors).flatten(-2).type_as(x)
 

@@ -1,0 +1,313 @@
+"""What an experiment is given: data, codecs and checkpoints, brought here and checked before any worker is started."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from orchestration.experiment import LEAST_HELD_OUT, Experiment
+from orchestration.launch import cache_directory
+from orchestration.storage import open_storage
+from orchestration.workflow import Workspace
+from workers import data as images
+from workers.codecs import CodecConfig, directory_hash, latent_shape_of
+from workers.encode import Images, plan_encoding
+from workers.manifest import measure
+from workers.models.family import ModelConfig
+
+FACTS_VERSION = 1
+
+
+def check_inputs(workspace: Workspace) -> None:
+    """Reads everything that was given or that an earlier run left, before any worker is started.
+
+    Raises:
+        ValueError: data or a checkpoint that cannot be used; CorruptError: an artifact that was altered.
+    """
+    experiment, cache = workspace.experiment, cache_directory()
+    if experiment.data.shards:
+        with readable("data.shards", experiment.data.shards):
+            if workspace.artifact("data") is None:
+                raise ValueError(
+                    f"data.shards must be a directory with a manifest.json, got {experiment.data.shards!r}; "
+                    "publish it, or correct the URI"
+                )
+    if experiment.codec:
+        _check_codec(experiment, experiment.codec)
+    if workspace.artifact("data"):
+        check_data(workspace)
+    elif experiment.data.images and experiment.codec:
+        with readable("data.images.source", experiment.data.images.source), of_section("data.images"):
+            settings = local_encoders(experiment.data.images)
+            found = plan_encoding(settings, experiment.codec).recipe.num_classes
+        if found != experiment.model.num_classes:
+            raise ValueError(
+                f"model.num_classes must be the {found} of data.images.source, got {experiment.model.num_classes}"
+            )
+    for checkpoint in (given_base(experiment), given_guide(experiment)):
+        if checkpoint and workspace.artifact(checkpoint.section) is None:
+            with given_weights(checkpoint):
+                pass  # readable, of the right hash and architecture
+    for stage in workspace.stages.values():
+        artifact = workspace.artifact(stage.name)
+        if artifact and workspace.storage.is_local:  # elsewhere what is read is verified when it is read
+            artifact.fetch(cache)
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+
+def check_data(workspace: Workspace) -> None:
+    """Whether the data fit the model, the codec and the metrics, by facts that are read once and then kept.
+
+    Raises:
+        ValueError: they do not; CorruptError: they were altered.
+    """
+    artifact, storage = workspace.result("data"), workspace.storage
+    # Kept by the data's content, because reading a large set takes hours.
+    kept = f"checks/{artifact.manifest.digest[:16]}-{images.SCHEMA_VERSION}-{FACTS_VERSION}.json"
+    facts: dict[str, Any] = json.loads(storage.read(kept)) if storage.exists(kept) else {}
+    directory = None if facts else artifact.fetch(cache_directory())
+    for split in images.SPLITS:
+        if directory:
+            facts[split] = images.facts_of(directory, split)
+        _check_split(workspace.experiment, split, facts[split])
+    if directory:
+        storage.put(kept, json.dumps(facts).encode())
+
+
+def _check_split(experiment: Experiment, name: images.Split, facts: Mapping[str, Any]) -> None:
+    model, codec = experiment.model, experiment.codec.description if experiment.codec else None
+    if facts["codec"] != codec:
+        _refuse_codec(facts["codec"], codec)
+    shape = tuple(facts["shape"])
+    if shape != (model.in_channels, model.input_size, model.input_size):
+        raise ValueError(
+            f"model.input_size and in_channels must fit the data's shape {shape}, "
+            f"got {model.input_size} and {model.in_channels}"
+        )
+    if facts["num_classes"] != model.num_classes:
+        raise ValueError(f"model.num_classes must be the data's {facts['num_classes']}, got {model.num_classes}")
+    if (model.family == "sd3") != facts["has_captions"]:
+        raise ValueError(
+            f"data must have {'captions' if model.family == 'sd3' else 'labels'} for model.family "
+            f"{model.family}, got the other; encode it for this model"
+        )
+    if codec is None and facts["dtype"] != "uint8":
+        raise ValueError(f"data must be uint8 pixels, got {facts['dtype']} in {name}; the metrics read pixels")
+    if codec is not None and facts["image_size"] is None:
+        raise ValueError(
+            f"data must keep the pixels of {name}, which the metrics read; set data.images.keep_pixels: all"
+        )
+    if experiment.alignment_weight and name == "train":
+        _check_features(experiment, facts["features"])
+    if name == "train" and facts["absent_class"] is not None and model.family != "sd3":
+        raise ValueError(
+            f"data must hold training images of every class, got none of class {facts['absent_class']}; add some"
+        )
+    if name == "held_out" and facts["num_images"] < LEAST_HELD_OUT:
+        raise ValueError(
+            f"data must hold out at least {LEAST_HELD_OUT} images to compare with, got {facts['num_images']}; add some"
+        )
+
+
+def _refuse_codec(found: Mapping[str, Any] | None, wanted: Mapping[str, Any] | None) -> None:
+    if found is None or wanted is None:
+        kinds = [codec["kind"] if codec else "pixels" for codec in (found, wanted)]
+        raise ValueError(f"codec must be that of the data, {kinds[0]}, got {kinds[1]}; correct codec or the data")
+    key = next(key for key in {**found, **wanted} if found.get(key) != wanted.get(key))
+    raise ValueError(
+        f"codec.{key} must be the data's {found.get(key)!r}, got {wanted.get(key)!r}; encode the data anew"
+    )
+
+
+def _check_features(experiment: Experiment, found: list[int] | None) -> None:
+    wanted = [experiment.model.num_tokens, experiment.model.projector_dims[0]]  # type: ignore[union-attr]
+    if found != wanted:
+        raise ValueError(
+            f"data must hold alignment features of {wanted[0]} tokens and width {wanted[1]}, got {found or 'none'}; "
+            "encode them with data.images.features, or set alignment_weight: 0"
+        )
+
+
+# ------------------------------------------------------------------------------------------------- codecs, encoders
+
+
+def _check_codec(experiment: Experiment, config: CodecConfig) -> None:
+    """Opens it: hashes, files, and the shape of its latents."""
+    with of_section("codec"):
+        shape = latent_shape_of(local_codec(config))
+    model = experiment.model
+    if shape != (model.in_channels, model.input_size, model.input_size):
+        raise ValueError(
+            f"model.in_channels and input_size must fit the codec's latents {shape}, "
+            f"got {model.in_channels} and {model.input_size}"
+        )
+
+
+def local_codec(config: CodecConfig) -> CodecConfig:
+    """The codec with local paths: what lies on S3 is brought to this machine's cache, once.
+
+    Raises:
+        ValueError: something cannot be brought.
+    """
+    return replace(
+        config,
+        weights=local_copy("weights", config.weights, config.sha256),
+        decoder=local_copy("decoder", config.decoder, config.decoder_sha256),
+        statistics=local_copy("statistics", config.statistics, config.statistics_sha256),
+    )
+
+
+def local_encoders(settings: Images) -> Images:
+    """The same for the encoders of alignment features and of captions."""
+    return settings.model_copy(
+        update={
+            name: local_copy(name, path, getattr(settings, f"{name}_sha256") or "")
+            for name in ("features", "text_encoders")
+            if (path := getattr(settings, name))
+        }
+    )
+
+
+def local_copy(name: str, uri: str, sha256: str) -> str:
+    """A local path of the file or directory at `uri`, which is that path itself where it is one.
+
+    What lies elsewhere is copied to the cache under its hash, once a machine.
+
+    Args:
+        name: of the setting, for messages.
+        uri: a local path or an s3:// URI; "" stays "".
+        sha256: its hash, of a file or a directory_hash.
+
+    Raises:
+        ValueError: nothing can be read there, or what lies there has another hash.
+    """
+    if not uri.startswith("s3://"):
+        return uri.removeprefix("file://")
+    home = cache_directory() / "given"
+    home.mkdir(parents=True, exist_ok=True)
+    target = home / f"{sha256}{Path(uri).suffix}"
+    with (home / f".{sha256}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if target.exists() and _hash_of(target) != sha256:  # what lay there under this hash was something else
+            shutil.rmtree(target) if target.is_dir() else target.unlink()
+        if not target.exists():
+            with readable(name, uri), tempfile.TemporaryDirectory(dir=home, prefix=".coming-") as scratch:
+                _bring(name, uri, Path(scratch) / "it")
+                found = _hash_of(Path(scratch) / "it")
+                if found != sha256:
+                    raise ValueError(
+                        f"{name} {uri} must have the SHA-256 {sha256}, got {found}; get the right files or state it"
+                    )
+                os.replace(Path(scratch) / "it", target)
+    return str(target)
+
+
+def _bring(name: str, uri: str, target: Path) -> None:
+    folder, _, last = uri.rstrip("/").rpartition("/")
+    storage = open_storage(folder)
+    if storage.exists(last):
+        storage.copy_out(last, target)
+        return
+    files = storage.list(last)
+    if not files:
+        raise ValueError(f"{name} must be a file or a directory, got {uri!r} with nothing there; correct the URI")
+    for file in files:
+        path = target / file.removeprefix(f"{last}/")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        storage.copy_out(file, path)
+
+
+def _hash_of(path: Path) -> str:
+    return directory_hash(path) if path.is_dir() else measure(path).sha256
+
+
+# ---------------------------------------------------------------------------------------------------- checkpoints
+
+
+@dataclass(frozen=True)
+class Given:
+    """A checkpoint that the experiment names: `section` is `base` or `guide`."""
+
+    section: str
+    uri: str
+    sha256: str
+    model: ModelConfig
+
+
+def given_base(experiment: Experiment) -> Given | None:
+    """The base's checkpoint; None where the base is trained here."""
+    base = experiment.base
+    return Given("base", base.checkpoint, base.sha256 or "", experiment.model) if base.checkpoint else None
+
+
+def given_guide(experiment: Experiment) -> Given | None:
+    """The guide's checkpoint; None without a guide."""
+    guide = experiment.guide
+    return Given("guide", guide.checkpoint, guide.sha256, guide.model) if guide else None
+
+
+@contextmanager
+def given_weights(given: Given) -> Any:
+    """A local, verified, strictly fitting copy of given weights as a state dict.
+
+    Raises:
+        ValueError: there is none.
+    """
+    from workers.models.checkpoints import check_architecture, load_weights
+
+    where = f"{given.section}.checkpoint"
+    folder, _, name = given.uri.rpartition("/")
+    with tempfile.TemporaryDirectory(prefix="mixflow-given-") as scratch:
+        storage = open_storage(folder or ("/" if given.uri.startswith("/") else "."))
+        path = Path(storage.uri) / name if storage.is_local else Path(scratch) / name
+        if not storage.is_local:
+            with readable(where, given.uri):
+                storage.copy_out(name, path)
+        if path.is_dir():
+            raise ValueError(
+                f"{where} must be a file, got the directory {given.uri!r}; "
+                "mixflow import makes a file of a diffusers directory"
+            )
+        if not path.is_file():
+            raise ValueError(f"{where} must be a file, got {given.uri!r}, which does not exist")
+        found = measure(path).sha256
+        if found != given.sha256:
+            raise ValueError(
+                f"{given.section}.sha256 must be the checkpoint's {found}, got {given.sha256}; the file is another one"
+            )
+        with of_section(given.section):
+            weights = load_weights(path)
+            check_architecture(weights, given.model, given.uri)
+        yield weights
+
+
+# -------------------------------------------------------------------------------------------------------- wording
+
+
+@contextmanager
+def readable(name: str, uri: str) -> Iterator[None]:
+    """What was given may lie in another storage than the workspace, which nobody has tried yet."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"{name} must be readable, got {uri!r} ({error}); correct the URI or the access") from error
+
+
+@contextmanager
+def of_section(name: str) -> Iterator[None]:
+    """Says to which section of the file a worker's complaint belongs."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(f"{name}.{text}" if text[:1].isalpha() else f"{name}: {text}") from error

@@ -1,0 +1,111 @@
+"""What an experiment is given by URI, and what is remembered of its data."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_models import tiny_dinov2, tiny_rae_decoder, tiny_rae_statistics, tiny_vae
+
+from orchestration import inputs, workflow
+from orchestration.inputs import check_data, local_codec, local_copy
+from orchestration.recipe import load
+from orchestration.storage import Storage, open_storage
+from orchestration.workflow import Workspace
+from workers import data
+from workers.codecs import CodecConfig, open_codec
+from workers.data import digits, write_shards
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own."""
+    monkeypatch.setattr(inputs, "cache_directory", lambda: tmp_path / "cache")
+    return tmp_path / "cache"
+
+
+def upload(directory: Path, storage: Storage, name: str) -> None:
+    for file in sorted(path for path in directory.rglob("*") if path.is_file()):
+        storage.put_file(file, f"{name}/{file.relative_to(directory).as_posix()}")
+
+
+def test_codecs_come_from_s3(tmp_path, moto_s3, monkeypatch):
+    storage, home = open_storage(moto_s3), tmp_path / "there"
+    vae = CodecConfig(kind="vae", image_size=32, weights=str(home / "vae"), sha256=tiny_vae(home / "vae"), scale=0.5)
+    rae = CodecConfig(
+        kind="rae",
+        image_size=32,
+        weights=str(home / "dino"),
+        sha256=tiny_dinov2(home / "dino"),
+        decoder=str(home / "decoder.pt"),
+        decoder_sha256=tiny_rae_decoder(home / "decoder.pt"),
+        decoder_heads=2,
+        statistics=str(home / "stat.pt"),
+        statistics_sha256=tiny_rae_statistics(home / "stat.pt"),
+    )
+    upload(home, storage, "models")
+    images = torch.arange(2 * 3 * 32 * 32).reshape(2, 3, 32, 32).to(torch.uint8)
+    for codec in (vae, rae):
+        paths = {name: getattr(codec, name).replace(str(home), f"{moto_s3}/models") for name in workflow.PATHS_OF_CODEC}
+        there = CodecConfig(**{**vars(codec), **paths})
+        here = local_codec(there)
+        assert torch.equal(open_codec(here, CPU).encode(images), open_codec(codec, CPU).encode(images))
+        # Once a machine: the second time nothing is asked of the server.
+        with monkeypatch.context() as patch:
+            patch.setattr(inputs, "open_storage", lambda uri: pytest.fail(f"{uri} was asked for again"))
+            assert local_codec(there) == here
+
+
+def test_what_is_brought_has_the_stated_hash_and_stays_sound(tmp_path, moto_s3, cache):
+    digest = tiny_vae(tmp_path / "vae")
+    upload(tmp_path / "vae", open_storage(moto_s3), "vae")
+    with pytest.raises(ValueError, match=f"weights {moto_s3}/vae must have the SHA-256 0+, got {digest}"):
+        local_copy("weights", f"{moto_s3}/vae", "0" * 64)
+    assert [path.name for path in (cache / "given").iterdir() if not path.name.startswith(".")] == []
+    copy = Path(local_copy("weights", f"{moto_s3}/vae", digest))
+    (copy / "config.json").unlink()  # as a cleaner of temporary directories does
+    again = Path(local_copy("weights", f"{moto_s3}/vae", digest))
+    assert again == copy
+    assert (copy / "config.json").exists()
+    with pytest.raises(ValueError, match=f"decoder must be a file or a directory, got '{moto_s3}/absent' with nothing"):
+        local_copy("decoder", f"{moto_s3}/absent", "1" * 64)
+    assert local_copy("decoder", "/a/path", digest) == "/a/path"
+
+
+def test_data_are_read_once_and_their_facts_kept(tmp_path, monkeypatch):
+    images = digits(8, 597)
+    write_shards(images, tmp_path / "shards", num_classes=10)
+    storage = open_storage(str(tmp_path / "mine"))
+    storage.publish(tmp_path / "shards", "v1")
+    experiment = load("quickstart", ["data={shards: " + f"{storage.uri}/v1" + "}"])
+    workspace = Workspace(experiment, open_storage(str(tmp_path / "ws")))
+    check_data(workspace)
+    facts = data.facts_of(tmp_path / "shards", "train")
+    assert facts == {
+        "num_images": 1200,
+        "shape": [1, 8, 8],
+        "dtype": "uint8",
+        "codec": None,
+        "num_classes": 10,
+        "absent_class": None,
+        "features": None,
+        "image_size": 8,
+        "has_captions": False,
+    }
+    monkeypatch.setattr(data, "facts_of", lambda *_: pytest.fail("read again"))
+    check_data(workspace)
+    other = Workspace(load("digits32", ["data={shards: " + f"{storage.uri}/v1" + "}"]), workspace.storage)
+    with pytest.raises(ValueError, match=r"must fit the data's shape \(1, 8, 8\), got 32 and 1"):
+        check_data(other)
+
+
+def test_an_absent_class_is_a_fact(tmp_path):
+    images = digits(8, 597)
+    kept = images["train"].labels != 3
+    images["train"] = images["train"]._replace(images=images["train"].images[kept], labels=images["train"].labels[kept])
+    write_shards(images, tmp_path / "shards", num_classes=10, rows=200)
+    assert data.facts_of(tmp_path / "shards", "train")["absent_class"] == 3
+    assert data.facts_of(tmp_path / "shards", "train")["num_images"] == int(kept.sum())
