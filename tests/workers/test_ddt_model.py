@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 
 import pytest
 import torch
@@ -184,3 +185,17 @@ def test_a_network_that_knows_the_published_velocity_predicts_ours():
     # Data at zero and noise at `bias`: the published network would answer `bias` everywhere.
     x0, x1 = bias.view(1, 3, 1, 1).expand_as(x), torch.zeros_like(x)
     torch.testing.assert_close(model(x, t, y), Interpolant("linear").velocity(x0=x0, x1=x1, t=t))
+
+
+def test_compiled_blocks_are_whole_graphs_of_real_numbers():
+    """Inductor leaves complex numbers to kernels of their own, and says so."""
+    model = randomised(config())
+    expected = model(*batch())
+    torch.compiler.reset()
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        for block in model.blocks:
+            block.compile(fullgraph=True)
+        found = model(*batch())
+    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert not [str(warning.message) for warning in said if "complex" in str(warning.message)]

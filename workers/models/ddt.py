@@ -212,18 +212,18 @@ class _Rotary(nn.Module):
         self.register_buffer("freqs_sin", angles.sin().float())
 
     def forward(self) -> Tensor:
-        """The rotations as complex numbers (T, 1, head_dim / 2), to turn all heads of a token alike."""
-        return torch.complex(self.freqs_cos[:, None, ::2].float(), self.freqs_sin[:, None, ::2].float())
+        """The rotations (T, 1, head_dim / 2, 2) as cosine and sine, to turn all heads of a token alike."""
+        return torch.stack([self.freqs_cos[:, None, ::2], self.freqs_sin[:, None, ::2]], -1).float()
 
 
 def rotated(x: Tensor, factors: Tensor) -> Tensor:
     """Adjacent pairs of x (B, T, heads, head_dim) as complex numbers, times factors; in float32, one pass over x."""
     if torch.compiler.is_compiling():  # Inductor fuses real arithmetic, and leaves complex numbers to slow kernels
         a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-        cos, sin = torch.view_as_real(factors).unbind(-1)
+        cos, sin = factors.unbind(-1)
         return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2).type_as(x)
     pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * factors).flatten(-2).type_as(x)
+    return torch.view_as_real(pairs * torch.view_as_complex(factors)).flatten(-2).type_as(x)
 
 
 class _Attention(nn.Module):
