@@ -13,6 +13,7 @@ Stream = Literal[
     "time",
     "noise",
     "dropout",
+    "corrective",
     "posterior",
     "init",
     "eval",

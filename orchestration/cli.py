@@ -128,9 +128,10 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--set", dest="given", action="append", default=[], metavar="KEY=VALUE", help="what the file does not say"
     )
-    export = verb("export", "a run's weights in the layout of its family", _export)
-    export.add_argument("arm", metavar="ARM", help="an arm that trains, or base")
-    export.add_argument("target", metavar="TARGET", help=".pt, .safetensors, or for SD3 a directory")
+    export = verb("export", "a run's weights in the layout of its family, or its samples for ADM's evaluator", _export)
+    export.add_argument("arm", metavar="ARM", help="an arm that trains, or base; for samples any arm")
+    export.add_argument("target", metavar="TARGET", help=".pt, .safetensors, for SD3 a directory; for samples .npz")
+    export.add_argument("--cell", metavar="CELL", help="of samples, such as euler20/s1; the primary one at first")
     export.add_argument("--replicate", type=int, default=0, metavar="K", help="which of its runs, 0 at first")
     export.add_argument("--adapters", action="store_true", help="of a LoRA run, the adapters alone")
     verb("replay", "send MLflow what it has not seen", _replay, experiment=False)
@@ -235,18 +236,16 @@ def _import(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _export(arguments: argparse.Namespace) -> dict[str, Any]:
-    from orchestration.convert import export_weights
+    from orchestration.convert import export_samples, export_weights
     from orchestration.recipe import load
     from orchestration.run import open_place
 
-    answer = export_weights(
-        load(arguments.experiment, arguments.overrides),
-        open_place(),
-        arguments.arm,
-        arguments.replicate,
-        Path(arguments.target),
-        adapters=arguments.adapters,
-    )
+    experiment, target = load(arguments.experiment, arguments.overrides), Path(arguments.target)
+    which = experiment, open_place(), arguments.arm, arguments.replicate
+    if target.suffix == ".npz":
+        answer = export_samples(*which, arguments.cell, target)
+    else:
+        answer = export_weights(*which, target, adapters=arguments.adapters)
     if not arguments.json:
         print(f"{answer['stage']}: {answer['written']}")
     return answer

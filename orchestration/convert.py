@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import re
 import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -11,11 +13,14 @@ from typing import Any
 
 from orchestration.experiment import Experiment
 from orchestration.recipe import TO_BE_GIVEN
+from orchestration.results import cell_file
 from orchestration.run import Place
 from orchestration.workflow import Workspace
+from workers.adm import write_samples
 from workers.manifest import measure
 from workers.models.checkpoints import check_architecture, infer_config, load_weights, save_weights
 from workers.models.sd3 import SD3Config, beside_adapters, load_sd3, save_lora, save_sd3
+from workers.sample import read_part
 
 FILES = (".safetensors", ".pt")
 INFERABLE = ("num_heads", "num_classes", "class_dropout_prob", "projector_depth", "depth")
@@ -79,7 +84,7 @@ def export_weights(
         experiment: whose run.
         place: where it is kept.
         arm: an arm that trains, or `base`.
-        replicate: which of its runs.
+        replicate: which of its runs, or which base.
         target: `.pt` (the state dict under `ema`, which the published samplers of SiT, REPA and RAE read),
             `.safetensors` (the bare state dict), or for SD3 a directory in diffusers' layout.
         adapters: of a LoRA run, write the adapters alone instead of the merged transformer.
@@ -90,15 +95,17 @@ def export_weights(
     names = ["base", *(name for name, its in experiment.arms.items() if its.train)]
     if arm not in names:
         raise ValueError(f"the arm to export must be one of {', '.join(names)}, got {arm!r}")
-    if not 0 <= replicate < experiment.replicates:
-        raise ValueError(f"replicate must lie in [0, {experiment.replicates - 1}], got {replicate}")
+    runs = experiment.bases if arm == "base" else experiment.num_pairs
+    if not 0 <= replicate < runs:
+        raise ValueError(f"replicate must lie in [0, {runs - 1}], got {replicate}")
     _check_target(target, directory=isinstance(experiment.model, SD3Config))
     workspace = Workspace(experiment, place.storage)
-    stage = "base" if arm == "base" else f"arms/{arm}/{replicate}"
+    stage = experiment.base_stage(replicate) if arm == "base" else f"arms/{arm}/{replicate}"
     weights = _weights(workspace, stage)
     config = experiment.model
     if isinstance(config, SD3Config):
-        _export_sd3(workspace, config, weights, target, adapters=adapters, is_base=stage == "base")
+        base = None if arm == "base" else experiment.base_stage(experiment.base_of(replicate))
+        _export_sd3(workspace, config, weights, target, adapters=adapters, base=base)
     elif adapters:
         raise ValueError("adapters must not be asked of a model without LoRA; leave --adapters out")
     else:
@@ -106,17 +113,65 @@ def export_weights(
     return {"stage": stage, "written": str(target.absolute()), "model": json.loads(json.dumps(asdict(config)))}
 
 
+def export_samples(
+    experiment: Experiment, place: Place, arm: str, pair: int, cell: str | None, target: Path
+) -> dict[str, Any]:
+    """Writes a cell's samples as ADM's evaluator reads them, one part in memory at a time.
+
+    Args:
+        experiment: whose samples.
+        place: where they are kept.
+        arm: of the experiment.
+        pair: which of its runs.
+        cell: `<sampler><steps>/s<scale>`, None for the primary one.
+        target: an `.npz` that does not exist.
+
+    Raises:
+        ValueError: there are no such samples, they have no three colours, or the target cannot be written.
+    """
+    cells = {sampler.name: sampler for sampler in experiment.evaluation.samplers}
+    cell = cell or experiment.evaluation.primary.partition("/")[2]
+    for what, value, known in (("arm", arm, list(experiment.arms)), ("cell", cell, list(cells))):
+        if value not in known:
+            raise ValueError(f"the {what} to export must be one of {', '.join(known)}, got {value!r}")
+    if not 0 <= pair < experiment.num_pairs:
+        raise ValueError(f"replicate must lie in [0, {experiment.num_pairs - 1}], got {pair}")
+    channels, height, width = experiment.image_shape
+    if channels != 3:
+        raise ValueError(f"samples must have 3 colours for ADM's evaluator, got {channels}")
+    _check_target(target, endings=(".npz",))
+    stage = f"samples/{arm}/{pair}"
+    artifact = Workspace(experiment, place.storage).artifact(stage)
+    if artifact is None:
+        raise ValueError(f"{stage} must be done before it is exported; run `mixflow sample` with the same --set")
+    names = sorted(
+        n for n in artifact.manifest.files if re.fullmatch(rf"{re.escape(cell_file(cell))}-\d{{5}}\.parquet", n)
+    )
+    if not names:
+        raise ValueError(f"{stage} must have the cell {cell}, which is sampled from the first base alone")
+    batches = (read_part(io.BytesIO(artifact.read(name)))[0] for name in names)
+    write_samples(target, batches, (experiment.evaluation.num_samples, height, width, channels))
+    return {"stage": stage, "cell": cell, "written": str(target.absolute())}
+
+
 def _export_sd3(
-    workspace: Workspace, config: SD3Config, weights: dict[str, Any], target: Path, *, adapters: bool, is_base: bool
+    workspace: Workspace,
+    config: SD3Config,
+    weights: dict[str, Any],
+    target: Path,
+    *,
+    adapters: bool,
+    base: str | None,
 ) -> None:
-    if not config.lora_rank or is_base:
+    """`base` is the stage whose weights an arm's adapters go with; None for the base itself."""
+    if not config.lora_rank or base is None:
         if adapters:
             raise ValueError("adapters must not be asked of weights without LoRA; leave --adapters out")
         save_sd3(target, config, weights)
     elif adapters:
         save_lora(target, config, weights)
     else:
-        save_sd3(target, config, {**beside_adapters(_weights(workspace, "base"), weights), **weights})
+        save_sd3(target, config, {**beside_adapters(_weights(workspace, base), weights), **weights})
 
 
 def _weights(workspace: Workspace, stage: str) -> dict[str, Any]:
@@ -127,9 +182,9 @@ def _weights(workspace: Workspace, stage: str) -> dict[str, Any]:
         return load_weights(artifact.fetch(Path(scratch)) / "weights.safetensors")
 
 
-def _check_target(target: Path, *, directory: bool = False) -> None:
-    if directory != (target.suffix not in FILES):
-        rule = "be a directory, diffusers' layout" if directory else f"end in {' or '.join(FILES)}"
+def _check_target(target: Path, *, directory: bool = False, endings: tuple[str, ...] = FILES) -> None:
+    if directory != (target.suffix not in endings):
+        rule = "be a directory, diffusers' layout" if directory else f"end in {' or '.join(endings)}"
         raise ValueError(f"the target must {rule}, got {str(target)!r}")
     if target.exists():
         raise ValueError(f"the target must not exist, got {str(target)!r}; remove it or choose another")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import tempfile
@@ -18,11 +17,12 @@ import pyarrow as pa
 
 from orchestration.inputs import local_codec, local_encoders
 from orchestration.launch import RunFailedError
+from orchestration.parts import Parts
 from orchestration.storage import Storage
 from workers.codecs import CodecConfig
 from workers.data import CAPTIONS, Split, Statistics, shard_path, write_statistics
 from workers.encode import TRANSFORM, Encoder, Images, Plan, Recipe, Shard, encode_captions, plan_encoding
-from workers.manifest import FileEntry, Manifest, canonical_hash
+from workers.manifest import Manifest, canonical_hash
 from workers.sources import Place
 
 log = logging.getLogger(__name__)
@@ -35,16 +35,13 @@ class Task(NamedTuple):
 
     Attributes:
         recipe: of the shards.
-        storage, path: where finished shards go.
-        records: where their records go: content first, record last.
+        parts: where finished shards go.
         threads: that decode images.
         on_gpu: whether the models compute on a GPU.
     """
 
     recipe: Recipe
-    storage: Storage
-    path: str
-    records: str
+    parts: Parts
     threads: int
     on_gpu: bool
 
@@ -84,8 +81,8 @@ def encode(
     plan = plan_encoding(local_encoders(settings), codec)
     # Each worker brings the models to its own machine.
     plan = plan._replace(recipe=plan.recipe._replace(settings=settings))
-    records = f"encoding/{path.replace('/', '-')}"
-    task = Task(plan.recipe, storage, path, records, max(1, int(cpus_per_worker)), gpus_per_worker > 0)
+    parts = Parts(storage, path, f"encoding/{path.replace('/', '-')}")
+    task = Task(plan.recipe, parts, max(1, int(cpus_per_worker)), gpus_per_worker > 0)
     found = _follow(_run(plan, task, num_workers, cpus_per_worker, gpus_per_worker), plan, tell)
     meta = {
         "source": settings.source,
@@ -97,9 +94,7 @@ def encode(
         "seconds": time.monotonic() - start,
         **(about or {}),
     }
-    manifest = _commit(plan, task, found, meta)
-    storage.delete(records)
-    return manifest
+    return _commit(plan, parts, found, meta)
 
 
 # ---------------------------------------------------------------------------------------------------- on the driver
@@ -194,26 +189,20 @@ def _too_many(plan: Plan, found: Mapping[str, Mapping[str, Any]]) -> ValueError:
     )
 
 
-def _commit(plan: Plan, task: Task, found: Mapping[str, Any], meta: Mapping[str, Any]) -> Manifest:
-    """Adds up the statistics in the order of the shards and publishes what lies in the directory."""
+def _commit(plan: Plan, parts: Parts, found: Mapping[str, Any], meta: Mapping[str, Any]) -> Manifest:
+    """Adds up the statistics in the order of the shards and publishes all."""
     statistics: dict[Split, list[Statistics]] = {"train": [], "held_out": []}
     for shard in plan.shards:
         record = found[_name(shard)]
         if record["statistics"]:
             statistics[shard.split].append(_statistics(record["statistics"]))
-    empty = next((split for split, parts in statistics.items() if not parts), None)
+    empty = next((split for split, of_split in statistics.items() if not of_split), None)
     if empty:
         raise ValueError(f"source must have a readable image for each split, got none for {empty}; mend the images")
-    files = {name: FileEntry(r["size"], r["sha256"]) for name, r in found.items() if r["sha256"]}
     with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch:
         write_statistics(statistics, Path(scratch))
         Path(scratch, "unreadable.json").write_text(json.dumps(_unreadable(plan, found), indent=1))
-        for file in sorted(Path(scratch).iterdir()):
-            files[file.name] = task.storage.put_file(file, f"{task.path}/{file.name}")
-    # Shards are found by their names when they are read: one that an earlier, larger source left would be read too.
-    for left in set(task.storage.list(task.path)) - {f"{task.path}/{name}" for name in files}:
-        task.storage.delete(left)
-    return task.storage.commit(task.path, Manifest(files, meta))
+        return parts.commit(found, Path(scratch), meta)
 
 
 def _statistics(record: Mapping[str, Any]) -> Statistics:
@@ -252,16 +241,13 @@ class Worker:
 
     def do(self, piece: Mapping[str, Any]) -> dict[str, Any]:
         """Encodes a piece, unless its record says that it is done and its content is what the record says."""
-        name, storage = piece["name"], self.task.storage
-        record_path = f"{self.task.records}/{name}.json"
-        record, why_again = self._finished(name, piece["digest"], record_path)
+        name, digest = piece["name"], piece["digest"]
+        record, why_again = self.task.parts.finished(name, digest)
         if record is not None:
             return {"name": name, "record": record, "is_new": False, "why_again": ""}
         with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch:
-            record = {"digest": piece["digest"], "size": 0, "sha256": "", **self._encode(piece, Path(scratch))}
-            if Path(scratch, name).exists():
-                record |= asdict(storage.put_file(Path(scratch, name), f"{self.task.path}/{name}"))
-        storage.put(record_path, json.dumps(record).encode())
+            about = self._encode(piece, Path(scratch))
+            record = self.task.parts.keep(name, digest, Path(scratch, name), about)
         return {"name": name, "record": record, "is_new": True, "why_again": why_again}
 
     def _encode(self, piece: Mapping[str, Any], directory: Path) -> dict[str, Any]:
@@ -274,24 +260,3 @@ class Worker:
         )
         statistics = asdict(encoded.statistics) if encoded.statistics else None
         return {"statistics": statistics, "unreadable": encoded.unreadable}
-
-    def _finished(self, name: str, digest: str, record_path: str) -> tuple[dict[str, Any] | None, str]:
-        """The record of a piece that is done; otherwise None and, where there is a record, why it does not count."""
-        storage = self.task.storage
-        try:
-            record = json.loads(storage.read(record_path))
-        except FileNotFoundError:
-            return None, ""
-        except ValueError:
-            return None, "its record is unreadable"
-        if record["digest"] != digest:
-            return None, "its images or settings have changed"
-        if not record["sha256"]:  # none of its images was readable
-            return record, ""
-        try:
-            content = storage.read(f"{self.task.path}/{name}")
-        except FileNotFoundError:
-            return None, "it is missing"
-        if hashlib.sha256(content).hexdigest() != record["sha256"]:
-            return None, "its content is not what its record says"
-        return record, ""

@@ -7,156 +7,25 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, replace
-from typing import Any, Literal, Self
+from typing import Self
 
 from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
-from mixflow_core.interpolant import PathName
+from mixflow_core.correctives import SamplingCorrective, TrainingCorrective
+from mixflow_core.interpolant import Interpolant, PathName
 from mixflow_core.loss import Prediction, Weighting, times_defined
 from mixflow_core.mixture import SlowedMixture
 from mixflow_core.samplers import Sampler
+from orchestration.sections import Arm, Base, Claim, Cluster, Data, Evaluation, Guide
 from orchestration.wording import one_line
 from workers.codecs import CodecConfig
 from workers.config import Frozen, RunConfig, Training
-from workers.encode import Images
-from workers.evaluate import METRICS
 from workers.manifest import canonical_hash
 from workers.models.family import ModelConfig
 from workers.models.sd3 import SD3Config
 
 LEAST_HELD_OUT = 100  # a covariance of 64 features needs more images than features
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
-STANDARD = SlowedMixture(time_law="uniform", slowing_law="interval", gamma=0.0, target_time="m")
-
-
-class Digits(Frozen):
-    """scikit-learn's handwritten digits: 1,797 real images of 10 classes.
-
-    Attributes:
-        image_size: side in pixels, 8 as they are or a larger power of two (enlarged, bicubic).
-        held_out: images kept out of training.
-    """
-
-    image_size: Literal[8, 16, 32, 64] = 8
-    held_out: int = Field(default=597, ge=100, le=1500)
-
-
-class Data(Frozen):
-    """Where the images come from.
-
-    Attributes:
-        digits: scikit-learn's handwritten digits, as pixels.
-        shards: the URI of a directory in this project's format, pixels or latents.
-        images: a folder, WebDataset or Parquet of images, to be encoded by the experiment's codec.
-    """
-
-    digits: Digits | None = None
-    shards: str | None = None
-    images: Images | None = None
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        if sum(given is not None for given in (self.digits, self.shards, self.images)) != 1:
-            raise ValueError("data must give exactly one of 'digits', 'shards' and 'images'; remove or add one")
-        return self
-
-
-class Base(Frozen):
-    """The model that is post-trained: given by `checkpoint` (a URI, with its `sha256`), or trained here by `train`.
-
-    Attributes:
-        mixture: the times it was trained with, m = t: the standard arm goes on with them.
-    """
-
-    checkpoint: str | None = None
-    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
-    train: Training | None = None
-    mixture: SlowedMixture = STANDARD
-
-    @model_validator(mode="after")
-    def _one(self) -> Self:
-        if (self.checkpoint is None) == (self.train is None):
-            raise ValueError("base must give exactly one of 'checkpoint' and 'train'; remove or add one")
-        if (self.checkpoint is None) != (self.sha256 is None):
-            raise ValueError("base must give 'checkpoint' and 'sha256' together; sha256sum FILE prints it")
-        if self.mixture.gamma or self.mixture.slowing_law != "interval":
-            raise ValueError("base.mixture must be standard interpolation, m = t; set its gamma to 0")
-        return self
-
-
-class Guide(Frozen):
-    """The weaker model of autoguidance: a checkpoint (URI and SHA-256) of its own shape."""
-
-    model: ModelConfig
-    checkpoint: str
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
-
-
-class Arm(Frozen):
-    """One way to go on from the base.
-
-    Attributes:
-        train: false for the base itself, without post-training.
-        mixture: what differs from the experiment's mixture.
-    """
-
-    train: bool = True
-    mixture: Mapping[str, Any] = {}
-
-    @model_validator(mode="after")
-    def _used(self) -> Self:
-        if self.mixture and not self.train:
-            raise ValueError("mixture must be empty where train is false; remove it")
-        return self
-
-
-class Evaluation(Frozen):
-    """How the arms are compared.
-
-    Attributes:
-        samplers: the cells, each one way to sample.
-        num_samples: images of each cell, arm and replicate.
-        sample_batch_size: images of one network call, part of the protocol.
-        primary: the declared cell of the verdict, `<metric>/<sampler><steps>/s<scale>`.
-        recall_margin: how far recall may fall below a control's before an arm cannot be promoted.
-        slow_flow_samples: rollouts of the Slow Flow measurement.
-    """
-
-    samplers: tuple[Sampler, ...] = Field(min_length=1)
-    num_samples: int = Field(default=2000, ge=100, le=10_000_000)
-    sample_batch_size: int = Field(default=250, ge=1, le=100_000)
-    primary: str
-    recall_margin: float = Field(default=0.02, ge=0, le=1)
-    slow_flow_samples: int = Field(default=500, ge=10, le=1_000_000)
-
-    @model_validator(mode="after")
-    def _declared(self) -> Self:
-        cells = [sampler.name for sampler in self.samplers]
-        if len(set(cells)) < len(cells):
-            raise ValueError(f"samplers must differ from one another, got {cells}; remove the repeated one")
-        metric, _, cell = self.primary.partition("/")
-        if metric not in METRICS or cell not in cells:
-            raise ValueError(
-                f"primary must be one of the metrics {list(METRICS)} and one of the cells {cells} joined by '/', "
-                f"got {self.primary!r}"
-            )
-        return self
-
-
-class Cluster(Frozen):
-    """What a run asks of Ray.
-
-    Attributes:
-        num_workers: workers of one group, which serves all arms and seeds in turn; at most training.num_shards.
-        cpus_per_worker: CPUs of a worker, and its torch threads.
-        gpus_per_worker: 1 to compute on GPUs, 0 on CPUs.
-        max_failures: restarts of the worker group before the run fails.
-    """
-
-    num_workers: int = Field(default=1, ge=1)
-    cpus_per_worker: float = Field(default=1.0, gt=0)
-    gpus_per_worker: Literal[0, 1] = 0
-    max_failures: int = Field(default=2, ge=0)
 
 
 class Experiment(Frozen):
@@ -172,7 +41,10 @@ class Experiment(Frozen):
         training: of every arm.
         mixture: the slowed interpolation mixture under test.
         arms: name -> arm; each slowed arm needs its controls beside it: standard training and its matched marginal.
-        replicates: training seeds an arm; replicate k shares data order, noise and sampling seed across the arms.
+        bases: how many bases are trained; with several, intervals are over bases.
+        replicates: training seeds an arm and base. Pair p, seed p mod replicates of base p // replicates, shares data
+            order, noise and sampling seed across the arms.
+        claims: what a publication says of these arms.
     """
 
     name: str = Field(pattern=NAME)
@@ -189,13 +61,21 @@ class Experiment(Frozen):
     training: Training
     mixture: SlowedMixture
     arms: Mapping[str, Arm]
-    replicates: int = Field(default=3, ge=2, le=1000)
+    bases: int = Field(default=1, ge=1, le=100)
+    replicates: int = Field(default=3, ge=1, le=1000)
+    claims: tuple[Claim, ...] = ()
     evaluation: Evaluation
     cluster: Cluster = Cluster()
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         self._check_data()
+        if self.num_pairs < 2:
+            raise ValueError(
+                f"replicates times bases must be at least 2 for an interval, got {self.num_pairs}; raise one"
+            )
+        if self.bases > 1 and self.base.checkpoint:
+            raise ValueError(f"bases must be 1 for a given base.checkpoint, got {self.bases}; set it to 1")
         for where, training in (("training", self.training), ("base.train", self.base.train)):
             if training and self.cluster.num_workers > training.num_shards:
                 raise ValueError(
@@ -206,6 +86,14 @@ class Experiment(Frozen):
                 raise ValueError(
                     f"cluster.num_workers must divide {where}.num_shards {training.num_shards} where training is "
                     f"sharded, got {self.cluster.num_workers}"
+                )
+        for extractor in self.evaluation.extractors:
+            if extractor.kind == "clip" and not is_captioned(self.model):
+                raise ValueError("evaluation.extractors must not have clip for class labels, which are no captions")
+            if extractor.kind != "digits" and self.image_shape[0] != 3:
+                raise ValueError(
+                    f"evaluation.extractors must be digits for images of {self.image_shape[0]} channels, "
+                    f"got {extractor.kind}, which sees colours"
                 )
         self._check_samplers()
         self._check_arms()
@@ -260,6 +148,12 @@ class Experiment(Frozen):
                     f"guidance_channels must be at most model.in_channels {self.model.in_channels}, "
                     f"got {sampler.guidance_channels}"
                 )
+        for name, arm in self.arms.items():
+            for sampler in self.evaluation.samplers:
+                try:
+                    arm.sampling.wrap(lambda x, t: x, Interpolant(self.path), sampler)
+                except ValueError as error:
+                    raise ValueError(f"arms.{name}.sampling does not fit {sampler.name}: {error}") from error
         if self.guide:
             mine, guides = self.model, self.guide.model
             shape = (mine.in_channels, mine.input_size, mine.num_classes)
@@ -274,7 +168,8 @@ class Experiment(Frozen):
                     "because it becomes part of paths"
                 )
         mixtures = {name: self.mixture_of(name) for name, arm in self.arms.items() if arm.train}
-        if self.standard not in mixtures.values():
+        ways = {name: self._way_of(name) for name in self.arms}
+        if (self.standard, TrainingCorrective(), SamplingCorrective()) not in ways.values():
             law = json.dumps(asdict(self.standard)).replace('"', "")
             raise ValueError(f"arms must include standard training {{mixture: {law}}}; add it as 'standard'")
         for name, mixture in mixtures.items():
@@ -283,12 +178,15 @@ class Experiment(Frozen):
                     f"arms.{name}.mixture.interval must end at 0.99999 or before on path vp, whose sigma has no "
                     f"derivative at 1, got {list(mixture.interval)}"
                 )
-        for name, mixture in mixtures.items():
-            if not mixture.is_standard and replace(mixture, condition_on="m") not in mixtures.values():
+            if self.arms[name].judged and not mixture.is_standard and _matched(ways[name]) not in ways.values():
                 raise ValueError(
                     f"arms must include the matched-marginal control of {name!r}; "
-                    f"add {{mixture: {{condition_on: m}}}} beside its own settings"
+                    f"add {{mixture: {{condition_on: m}}}} beside its own settings, or set its judged to false"
                 )
+        for claim in self.claims:
+            for name in (claim.arm, claim.control):
+                if name not in self.arms:
+                    raise ValueError(f"claims must name arms, {list(self.arms)}, got {name!r}; correct it")
 
     @property
     def standard(self) -> SlowedMixture:
@@ -305,35 +203,65 @@ class Experiment(Frozen):
         return _one_form(mixture)
 
     def controls_of(self, arm: str) -> list[str]:
-        """The arms that `arm` is judged against: standard training, and the matched marginal of what is slowed."""
-        names = [name for name, a in self.arms.items() if a.train and self.mixture_of(name) == self.standard][:1]
-        slowed = {name: self.mixture_of(name) for name, a in self.arms.items() if a.train}
-        own = slowed.get(arm)
-        for name, mixture in slowed.items():
-            if mixture.condition_on != "m":
-                continue
-            of = [n for n, m in slowed.items() if not m.is_standard and replace(m, condition_on="m") == mixture]
-            if own is None or own.is_standard or arm in of:
-                names.append(name)
-        return [name for name in names if name != arm]
+        """The arms that `arm` is compared with.
 
-    def base_run(self) -> RunConfig | None:
-        """The base's own training: standard flow matching; None for a given checkpoint."""
+        Standard training; the matched marginal of what is slowed (of every slowed arm, for an arm that is not slowed
+        itself); and for an arm that differs from another in its sampling alone, that other one.
+        """
+        ways = {name: self._way_of(name) for name in self.arms}
+        own, off = ways[arm], (TrainingCorrective(), SamplingCorrective())
+        names = [name for name, way in ways.items() if way == (self.standard, *off)][:1]
+        names += [name for name, way in ways.items() if way != own and way == (*own[:2], SamplingCorrective())][:1]
+        slowed = own[0] is not None and not own[0].is_standard
+        for name, way in ways.items():
+            if way[0] is not None and way[0].condition_on == "m":
+                is_mine = slowed and _matched(own) == way
+                names += [name] * (is_mine or (not slowed and any(_matched(other) == way for other in ways.values())))
+        return [name for name in dict.fromkeys(names) if name != arm]
+
+    def _way_of(self, arm: str) -> _Way:
+        """What an arm is: its mixture (None without training), and its correctives."""
+        its = self.arms[arm]
+        return self.mixture_of(arm) if its.train else None, its.corrective, its.sampling
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C, H, W) of the images that are looked at: pixels, not latents."""
+        if self.codec:
+            return self.codec.channels, self.codec.image_size, self.codec.image_size
+        return self.model.in_channels, self.model.input_size, self.model.input_size
+
+    @property
+    def num_pairs(self) -> int:
+        """Runs of an arm, over all bases and seeds."""
+        return self.bases * self.replicates
+
+    def base_of(self, pair: int) -> int:
+        """The base from which pair `pair` starts."""
+        return pair // self.replicates
+
+    def base_stage(self, base: int = 0) -> str:
+        """Name of the stage that makes a base: `base`, or `base/<number>` where there are several."""
+        return "base" if self.bases == 1 else f"base/{base}"
+
+    def base_run(self, base: int = 0) -> RunConfig | None:
+        """A base's own training: standard flow matching; None for a given checkpoint."""
         if self.base.train is None:
             return None
-        return self._run(self.standard, self.base.train, derived_seed(self.seed, "base", 0))
+        return self._run(self.standard, self.base.train, derived_seed(self.seed, "base", base))
 
-    def arm_run(self, arm: str, replicate: int) -> RunConfig:
-        """One run of an arm; data order, times, noise and dropout depend on the replicate alone."""
-        return self._run(self.mixture_of(arm), self.training, derived_seed(self.seed, "training", replicate))
+    def arm_run(self, arm: str, pair: int) -> RunConfig:
+        """One run of an arm; data order, times, noise and dropout depend on the pair alone."""
+        run = self._run(self.mixture_of(arm), self.training, derived_seed(self.seed, "training", pair))
+        return run.model_copy(update={"corrective": self.arms[arm].corrective})
 
     def sampling_run(self) -> RunConfig:
         """The run configuration as far as sampling reads it, which is the same for all arms."""
         return self._run(self.standard, self.training, 0)
 
-    def sampling_seed(self, replicate: int) -> int:
-        """Seed of the starting noise of a replicate, the same in every arm."""
-        return derived_seed(self.seed, "sampling", replicate)
+    def sampling_seed(self, pair: int) -> int:
+        """Seed of the starting noise of a pair, the same in every arm."""
+        return derived_seed(self.seed, "sampling", pair)
 
     @property
     def identity(self) -> str:
@@ -351,6 +279,22 @@ class Experiment(Frozen):
             alignment_weight=self.alignment_weight,
             seed=seed,
         )
+
+
+def is_captioned(model: ModelConfig) -> bool:
+    """Whether its labels are captions."""
+    return isinstance(model, SD3Config)
+
+
+_Way = tuple[SlowedMixture | None, TrainingCorrective, SamplingCorrective]
+
+
+def _matched(way: _Way) -> _Way | None:
+    """The matched-marginal control of a slowed way; None of one that is not slowed."""
+    mixture, corrective, sampling = way
+    if mixture is None or mixture.is_standard:
+        return None
+    return replace(mixture, condition_on="m"), corrective, sampling
 
 
 def _one_form(mixture: SlowedMixture) -> SlowedMixture:

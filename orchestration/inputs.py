@@ -13,17 +13,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from orchestration.experiment import LEAST_HELD_OUT, Experiment
 from orchestration.launch import cache_directory
 from orchestration.storage import open_storage
 from orchestration.workflow import Workspace
 from workers import data as images
+from workers.adm import read_reference
+from workers.classifier import NUM_FEATURES
 from workers.codecs import CodecConfig, directory_hash, latent_shape_of
 from workers.encode import Images, plan_encoding
+from workers.evaluate import metric_names
+from workers.extractors import ClipScore, ExtractorConfig, open_extractor
 from workers.manifest import measure
 from workers.models.family import ModelConfig
 
 FACTS_VERSION = 1
+CPU = torch.device("cpu")
 
 
 def check_inputs(workspace: Workspace) -> None:
@@ -52,14 +59,73 @@ def check_inputs(workspace: Workspace) -> None:
             raise ValueError(
                 f"model.num_classes must be the {found} of data.images.source, got {experiment.model.num_classes}"
             )
+    _check_evaluation(workspace)
     for checkpoint in (given_base(experiment), given_guide(experiment)):
-        if checkpoint and workspace.artifact(checkpoint.section) is None:
+        if checkpoint and workspace.artifact(checkpoint.stage) is None:
             with given_weights(checkpoint):
                 pass  # readable, of the right hash and architecture
     for stage in workspace.stages.values():
         artifact = workspace.artifact(stage.name)
         if artifact and workspace.storage.is_local:  # elsewhere what is read is verified when it is read
             artifact.fetch(cache)
+
+
+# ----------------------------------------------------------------------------------------------------- evaluation
+
+
+def _check_evaluation(workspace: Workspace) -> None:
+    """Opens what images are compared with and in, and whether there are enough of them.
+
+    Raises:
+        ValueError: weights or a reference that cannot be used, or fewer images than a covariance needs.
+    """
+    experiment, evaluation = workspace.experiment, workspace.experiment.evaluation
+    split, spatial = evaluation.reference.split, True
+    if evaluation.reference.npz:
+        with of_section("evaluation.reference"):
+            path = Path(local_copy("npz", evaluation.reference.npz, evaluation.reference.sha256 or ""))
+            if (found := measure(path).sha256 if path.is_file() else "no file") != evaluation.reference.sha256:
+                raise ValueError(f"sha256 must be that of npz, {found}, got {evaluation.reference.sha256}; correct it")
+            known = read_reference(path, image_size=experiment.image_shape[1])
+        spatial = known.spatial_mean is not None
+        _check_primary(experiment, images_too=known.num_images is not None, spatial=spatial)
+    for config in evaluation.extractors:
+        if config.kind == "digits":
+            dimension = NUM_FEATURES
+        else:
+            with of_section("evaluation.extractors"):
+                here = local_extractor(config)
+                if config.kind == "clip":
+                    ClipScore(here.weights, here.sha256, CPU)
+                    continue
+                dimension = open_extractor(here, CPU).dimension
+        if evaluation.num_samples <= dimension:
+            raise ValueError(
+                f"evaluation.num_samples must be more than the {dimension} features of {config.kind}, or their "
+                f"covariance has no full rank, got {evaluation.num_samples}; raise it"
+            )
+        if split and (artifact := workspace.artifact("data")):
+            there = json.loads(artifact.read("statistics.json"))[split]["num_images"]
+            if there <= dimension:
+                raise ValueError(
+                    f"evaluation.reference must have more than the {dimension} features of {config.kind}, got "
+                    f"{there} images in {split}; hold out more, or compare with train"
+                )
+
+
+def _check_primary(experiment: Experiment, *, images_too: bool, spatial: bool) -> None:
+    """A reference of statistics alone does not give every metric."""
+    metric = experiment.evaluation.primary.partition("/")[0]
+    names = metric_names("inception")
+    if metric == names["spatial"] and not spatial:
+        raise ValueError("evaluation.primary must not be sfid where evaluation.reference has no mu_s and sigma_s")
+    if metric in (names["kernel"], names["precision"], names["recall"], "fd_patches") and not images_too:
+        raise ValueError(f"evaluation.primary must not be {metric} where evaluation.reference has no images (arr_0)")
+
+
+def local_extractor(config: ExtractorConfig) -> ExtractorConfig:
+    """The extractor with a local path, see local_copy."""
+    return replace(config, weights=local_copy("weights", config.weights, config.sha256))
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -236,9 +302,10 @@ def _hash_of(path: Path) -> str:
 
 @dataclass(frozen=True)
 class Given:
-    """A checkpoint that the experiment names: `section` is `base` or `guide`."""
+    """A checkpoint that the experiment names, in `section`, the result of `stage`."""
 
     section: str
+    stage: str
     uri: str
     sha256: str
     model: ModelConfig
@@ -247,13 +314,17 @@ class Given:
 def given_base(experiment: Experiment) -> Given | None:
     """The base's checkpoint; None where the base is trained here."""
     base = experiment.base
-    return Given("base", base.checkpoint, base.sha256 or "", experiment.model) if base.checkpoint else None
+    return (
+        Given("base", experiment.base_stage(), base.checkpoint, base.sha256 or "", experiment.model)
+        if base.checkpoint
+        else None
+    )
 
 
 def given_guide(experiment: Experiment) -> Given | None:
     """The guide's checkpoint; None without a guide."""
     guide = experiment.guide
-    return Given("guide", guide.checkpoint, guide.sha256, guide.model) if guide else None
+    return Given("guide", "guide", guide.checkpoint, guide.sha256, guide.model) if guide else None
 
 
 @contextmanager

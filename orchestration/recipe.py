@@ -19,6 +19,7 @@ TO_BE_GIVEN = "TO-BE-GIVEN"  # stands in a recipe for a path or hash that only i
 PATHS = (
     "data.shards", "data.images.source", "data.images.features", "data.images.text_encoders",
     "codec.weights", "codec.decoder", "codec.statistics", "base.checkpoint", "guide.checkpoint",
+    "evaluation.extractors.weights", "evaluation.reference.npz",
 )  # fmt: skip
 
 
@@ -62,13 +63,43 @@ def load(name: str, overrides: Sequence[str] = ()) -> Experiment:
 
 
 def read(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The settings as they are written and overridden, not validated."""
-    raw = _read(name)
+    """The settings as they are written and overridden, not validated.
+
+    A file may name another as `extends`, whose sections it takes where it has none of its own, and under `scales` sets
+    of overrides by name, of which `scale=<name>` chooses one; what is overridden beside it comes after.
+    """
+    raw = _extended(name)
+    scales = raw.pop("scales", None) or {}
     for override in overrides:
-        _apply(raw, override)
+        if override.partition("=")[0] == "scale":
+            _rescale(raw, scales, override.partition("=")[2])
+    for override in overrides:
+        if override.partition("=")[0] != "scale":
+            _apply(raw, override)
     for path in PATHS:
         _make_absolute(raw, path)
     return raw
+
+
+def _extended(name: str) -> dict[str, Any]:
+    raw = _read(name)
+    parent = raw.pop("extends", None)
+    if parent is None:
+        return raw
+    if not isinstance(parent, str) or parent == name:
+        raise ValueError(f"{name}: extends must name another recipe or file, got {parent!r}; correct it")
+    inherited = _read(parent)
+    if "extends" in inherited:
+        raise ValueError(f"{name}: extends must name a recipe that extends none itself, got {parent!r}; name that one")
+    return {**inherited, **raw}
+
+
+def _rescale(raw: dict[str, Any], scales: Any, scale: str) -> None:
+    known = ["full", *(scales if isinstance(scales, dict) else ())]
+    if scale not in known:
+        raise ValueError(f"--set scale must be one of {', '.join(known)}, got {scale!r}; correct it")
+    for key, value in {} if scale == "full" else scales[scale].items():
+        _put(raw, key, value)
 
 
 def validated(name: str, raw: dict[str, Any]) -> Experiment:
@@ -121,14 +152,16 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 def _make_absolute(raw: Any, path: str) -> None:
     """A local path means the driver's directory, also where a worker reads it."""
-    *parents, last = path.split(".")
-    for parent in parents:
-        raw = raw.get(parent) if isinstance(raw, dict) else None
-    value = raw.get(last) if isinstance(raw, dict) else None
-    if not isinstance(value, str) or value in ("", TO_BE_GIVEN):
-        return
-    if "://" not in value and not value.startswith("file:"):
-        raw[last] = str(Path(value).expanduser().absolute())
+    first, _, rest = path.partition(".")
+    if isinstance(raw, list):
+        for entry in raw:
+            _make_absolute(entry, path)
+    elif isinstance(raw, dict) and rest:
+        _make_absolute(raw.get(first), rest)
+    elif isinstance(raw, dict):
+        value = raw.get(first)
+        if isinstance(value, str) and value not in ("", TO_BE_GIVEN) and not re.match("file:|[a-z0-9]+://", value):
+            raw[first] = str(Path(value).expanduser().absolute())
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -163,9 +196,13 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         value = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"--set {key} must have a value that is YAML, got {text!r}") from error
-    *parents, last = key.split(".")
-    if last.endswith("sha256"):
+    if key.endswith("sha256"):
         value = text  # 64 digits are a number in YAML
+    _put(raw, key, value)
+
+
+def _put(raw: dict[str, Any], key: str, value: Any) -> None:
+    *parents, last = key.split(".")
     target: Any = raw
     for parent in parents:
         target = _step(target, parent, key)

@@ -181,7 +181,7 @@ def _driver_stages(workspace: Workspace, stages: list[Stage], progress: Progress
             workspace.publish("data", Path(scratch), seconds=time.monotonic() - start)
         progress.show({"stage": "data", "done": 1, "total": 1, "metrics": {}})
     for given in (given_base(workspace.experiment), given_guide(workspace.experiment)):
-        name = given.section if given else ""
+        name = given.stage if given else ""
         if given is None or name not in names or workspace.artifact(name) is not None:
             continue
         from workers.models.checkpoints import save_weights

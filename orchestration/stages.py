@@ -4,35 +4,41 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+from mixflow_core.correctives import SamplingCorrective
+from mixflow_core.metrics import Gaussian, Moments, frechet_distance
 from mixflow_core.samplers import Sampler
-from orchestration.inputs import local_codec
+from orchestration.inputs import local_codec, local_copy, local_extractor
 from orchestration.results import cell_file
 from orchestration.storage import Storage
 from orchestration.workflow import Artifact, HeldError, Stage, Workspace
+from workers.adm import read_images, read_reference
 from workers.checkpoint import CheckpointStore
+from workers.classifier import DigitExtractor, train_features
 from workers.codecs import open_codec
 from workers.config import RunConfig
 from workers.data import ImageSet, Split, open_shards, realised_times, to_pixels
-from workers.evaluate import DigitFeatures, reference_of, score, train_features
+from workers.evaluate import BATCH, Measured, Reference, join_scores, merged, patch_moments, score
+from workers.extractors import ClipScore, Extractor, open_extractor
 from workers.io import LocalIO
 from workers.models.family import Network, build
 from workers.models.sd3 import SD3
-from workers.sample import SampleSet, grid_png, sample_batch
+from workers.sample import PART_IMAGES, SampleSet, grid_png, read_part, sample_batch, write_part
 from workers.slow_flow import measure_slow_flow, new_probe, train_probe
 from workers.train import allow_tf32, post_train
 
@@ -73,12 +79,12 @@ class Site:
         dist.broadcast_object_list(box, 0)
         return box[0]
 
-    def gather(self, value: Any) -> list[Any]:
-        """Every rank's value by rank, on rank 0; an empty list elsewhere."""
+    def gather(self, value: Any, to: int = 0) -> list[Any]:
+        """Every rank's value by rank, on rank `to`; an empty list elsewhere."""
         if self.world_size == 1:
             return [value]
-        box = [None] * self.world_size if self.rank == 0 else None
-        dist.gather_object(value, box, 0)
+        box = [None] * self.world_size if self.rank == to else None
+        dist.gather_object(value, box, to)
         return box or []
 
     def share(self, count: int) -> range:
@@ -173,19 +179,55 @@ def _train(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[st
 
 
 def _features(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[str, Any]:
-    """The measuring instruments: the classifier (last rank) and the noise-level probe (rank 0), side by side."""
-    data, accuracy = _data(site, inputs), 0.0
-    if site.rank == site.world_size - 1:
+    """The experiment's own instruments: the classifier (last rank) and the noise-level probe (rank 0), side by side."""
+    data, trained, accuracy = _data(site, inputs), None, None
+    if stage.settings["classifier"] and site.rank == site.world_size - 1:
         net, accuracy = train_features(data["train"], data["held_out"], stage.settings["num_classes"])
         trained = net.state_dict()
     if site.rank == 0:
         probe = train_probe(stage.settings["path"], data["train"])
         save_file(probe.state_dict(), directory / "probe.safetensors")
-    parts = site.gather((trained, accuracy) if site.rank == site.world_size - 1 else None)
-    if site.rank == 0:
-        trained, accuracy = parts[-1]
-        save_file(trained, directory / "classifier.safetensors")
+    parts = site.gather((trained, accuracy))
+    if site.rank != 0 or not stage.settings["classifier"]:
+        return {}
+    trained, accuracy = parts[-1]
+    save_file(trained, directory / "classifier.safetensors")
     return {"held_out_accuracy": accuracy}
+
+
+def _reference(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[str, Any]:
+    """What samples are compared with in each extractor's space, and in patches of pixels."""
+    source = site.workspace.experiment.evaluation.reference
+    extractors = _extractors(site, inputs["features"])
+    parts: Callable[[], Iterable[torch.Tensor]]
+    if source.split:
+        seen = _data(site, inputs)[source.split].seen
+        parts = partial(_slices, seen)
+    else:
+        npz = Path(local_copy("npz", source.npz or "", source.sha256 or ""))
+        known = read_reference(npz)
+        parts = partial(read_images, npz, PART_IMAGES) if known.num_images else partial(iter, ())
+    mine: dict[int, tuple[dict[str, Measured], Moments]] = {}
+    for number, pixels in enumerate(parts()):
+        if number % site.world_size == site.rank:
+            mine[number] = _measured(extractors, pixels)
+    found = _in_order(site.gather(mine))
+    if site.rank == 0:
+        references = {
+            kind: Reference.of(Measured.join([part[0][kind] for part in found])) for kind in extractors if found
+        }
+        if not source.split:
+            spatial = None
+            if known.spatial_mean is not None and known.spatial_covariance is not None:
+                spatial = Gaussian(known.spatial_mean, known.spatial_covariance)
+            features = references["inception"].features if found else None
+            references["inception"] = Reference(Gaussian(known.mean, known.covariance), spatial, features)
+        for kind, reference in references.items():
+            reference.save(directory / f"{kind}.safetensors")
+        patches = merged(part[1] for part in found)
+        if patches:
+            Reference(patches.gaussian).save(directory / "patches.safetensors")
+    return {"num_images": sum(len(next(iter(part[0].values())).pooled) for part in found) if found else None}
 
 
 def _slow_flow(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[str, Any]:
@@ -208,50 +250,88 @@ def _slow_flow(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dic
 
 
 def _samples(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[str, Any]:
-    """Every cell's images: logical batches shared out over the workers, put together in their order."""
-    run, settings = site.workspace.experiment.sampling_run(), stage.settings
-    model, nfe = _model(site, inputs, run), {}
-    guide, decode = _guide(site, inputs), _decoder(site)
-    cells = [Sampler(**sampler) for sampler in settings["samplers"]]
-    for done, sampler in enumerate(cells):
-        what = SampleSet(sampler, settings["num_samples"], settings["batch_size"], settings["seed"])
-        mine = {
-            n: sample_batch(model, run, what, n, site.device, guide=guide, decode=decode)
-            for n in site.share(what.num_batches)
-        }
-        parts = site.gather({n: (s.pixels.numpy(), s.labels.numpy(), s.nfe) for n, s in mine.items()})
+    """Every cell's images in parts, which the workers write as they are done: no process ever holds them all."""
+    experiment, settings = site.workspace.experiment, stage.settings
+    run, decode = experiment.sampling_run(), _decoder(site)
+    model, guide = _model(site, inputs, run), _guide(site, inputs)
+    path = site.agree(site.workspace.parts(stage.name) if site.rank == 0 else None)
+    digest = path.path.rpartition("/")[2]  # the stage's identity
+    shape = experiment.image_shape
+    work = [
+        (cell_file(what.sampler.name), what, number, batches)
+        for what in _sample_sets(settings)
+        for number, batches in enumerate(what.parts(math.prod(shape)))
+    ]
+    mine: dict[str, Any] = {}
+    for place in site.share(len(work)):
+        cell, what, number, batches = work[place]
+        name = _part_name(cell, number)
+        record, why_again = path.finished(name, digest)
+        if why_again:
+            log.warning("%s of %s is sampled again: %s", name, stage.name, why_again)
+        if record is None:
+            done = [sample_batch(model, run, what, n, site.device, guide=guide, decode=decode) for n in batches]
+            pixels, labels = torch.cat([s.pixels for s in done]), torch.cat([s.labels for s in done])
+            if number == 0:  # before the part's record, so that it is there when the part is
+                path.keep(f"{cell}.png", digest, _grid(pixels, directory / f"{cell}.png"), {"evaluations": 0})
+            write_part(directory / name, pixels, labels)
+            evaluations = sum(s.nfe * len(s.labels) for s in done)
+            record = path.keep(name, digest, directory / name, {"evaluations": evaluations})
+            (directory / name).unlink()
+        mine[name] = record
+        if number == 0:
+            mine[f"{cell}.png"] = path.finished(f"{cell}.png", digest)[0]
         if site.rank == 0:
-            batches = [batch for _, batch in sorted(item for part in parts for item in part.items())]
-            pixels, labels = (np.concatenate([batch[i] for batch in batches]) for i in (0, 1))
-            nfe[sampler.name] = batches[0][2]
-            name = cell_file(sampler.name)
-            flat = pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), int(np.prod(pixels.shape[1:])))
-            table = pa.table({"image": flat, "label": labels})
-            about = {"shape": list(pixels.shape[1:]), "nfe": nfe[sampler.name]}
-            pq.write_table(table.replace_schema_metadata({"mixflow": json.dumps(about)}), directory / f"{name}.parquet")
-            side = pixels.shape[-1]  # a report holds a sheet for each arm and cell
-            first = torch.from_numpy(pixels[: 100 if side < 64 else 20])
-            columns = 20 if side < 64 else 10
-            grid_png(first, str(directory / f"{name}.png"), columns=columns, enlarge=max(1, 32 // side))
-            site.tell(stage.name, done + 1, len(cells), {})
-    return {"nfe": nfe}
+            site.tell(stage.name, place, len(work), {})
+    records = {name: record for part in site.gather(mine) for name, record in part.items()}
+    for file in directory.iterdir():
+        file.unlink()  # the parts are in their place
+    if site.rank != 0:
+        return {}
+    totals = dict.fromkeys((what.sampler.name for what in _sample_sets(settings)), 0)
+    for cell, what, number, _ in work:
+        totals[what.sampler.name] += records[_part_name(cell, number)]["evaluations"]
+    n = settings["num_samples"]
+    nfe = {cell: total // n if total % n == 0 else total / n for cell, total in totals.items()}
+    return {"nfe": nfe, "parts": records}
 
 
 def _metrics(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[str, Any]:
-    """Every cell against the held-out images, cells shared out over the workers."""
-    held_out = torch.from_numpy(_data(site, inputs)["held_out"].seen.copy())
-    weights = load_file(inputs["features"].fetch(site.cache) / "classifier.safetensors")
-    net = DigitFeatures(held_out.shape[1], held_out.shape[2], len(weights["head.bias"]))
-    net.load_state_dict(weights)
-    reference = reference_of(net.eval(), held_out)
-    folder = inputs["samples"].fetch(site.cache)
+    """Every cell against the reference: features are extracted part by part on all workers, each cell scored on one."""
+    extractors, folder = _extractors(site, inputs["features"]), inputs["reference"].fetch(site.cache)
+    references = {kind: Reference.load(folder / f"{kind}.safetensors").to(site.device) for kind in extractors}
+    patches = Reference.load(folder / "patches.safetensors") if (folder / "patches.safetensors").exists() else None
+    clip, captions = _clip(site, inputs)
     cells = sorted(inputs["samples"].manifest.meta["nfe"])
-    mine = {cells[i]: dict(score(net, _pixels(folder, cells[i]), reference)) for i in site.share(len(cells))}
-    found: dict[str, Any] = {}
-    for part in site.gather(mine):
-        found.update(part)
+    scores: dict[str, Any] = {}
+    for first in range(0, len(cells), site.world_size):
+        for owner, cell in enumerate(cells[first : first + site.world_size]):
+            mine: dict[int, Any] = {}
+            for number, (pixels, labels) in _parts(site, inputs["samples"], cell):
+                fits = _fits(clip, pixels, [captions[i] for i in labels.tolist()]) if clip else None
+                mine[number] = (*_measured(extractors, pixels), fits)
+            parts = site.gather(mine, to=owner)
+            if site.rank == owner:
+                kept = _in_order(parts)
+        if site.rank < len(cells) - first:
+            found = [
+                score(kind, Measured.join([part[0][kind] for part in kept]), references[kind], site.device)
+                for kind in extractors
+            ]
+            if patches:
+                moments = merged(part[1] for part in kept)
+                assert moments, "a cell has images"
+                found.append({"fd_patches": frechet_distance(moments, patches.gaussian)})
+            if clip:
+                found.append({"clip_score": float(torch.cat([part[2] for part in kept]).double().mean())})
+            scores[cells[first + site.rank]] = join_scores(found)
+        if site.rank == 0:
+            site.tell(stage.name, first, len(cells), {})
+    everything: dict[str, Any] = {}
+    for part in site.gather(scores):
+        everything.update(part)
     if site.rank == 0:
-        (directory / "metrics.json").write_text(json.dumps(found, indent=1, sort_keys=True))
+        (directory / "metrics.json").write_text(json.dumps(everything, indent=1, sort_keys=True))
     return {}
 
 
@@ -259,17 +339,92 @@ WORK: dict[str, Work] = {
     "base": _train,
     "arms": _train,
     "features": _features,
+    "reference": _reference,
     "slow-flow": _slow_flow,
     "samples": _samples,
     "metrics": _metrics,
 }
 
 
-def _pixels(folder: Path, cell: str) -> torch.Tensor:
-    table = pq.read_table(folder / f"{cell_file(cell)}.parquet")
-    shape = json.loads(table.schema.metadata[b"mixflow"])["shape"]
-    flat = table["image"].combine_chunks().flatten().to_numpy()
-    return torch.from_numpy(flat.reshape(table.num_rows, *shape).copy())
+def _sample_sets(settings: Mapping[str, Any]) -> list[SampleSet]:
+    corrective = SamplingCorrective(**settings["corrective"])
+    return [
+        SampleSet(
+            _sampler(sampler),
+            settings["num_samples"],
+            settings["batch_size"],
+            settings["seed"],
+            settings["label_law"],
+            corrective,
+        )
+        for sampler in settings["samplers"]
+    ]
+
+
+def _sampler(settings: Mapping[str, Any]) -> Sampler:
+    return Sampler(**{**settings, "guidance_interval": tuple(settings["guidance_interval"])})
+
+
+def _grid(pixels: torch.Tensor, path: Path) -> Path:
+    """The sheet of a cell's first images: a report holds one for each arm and cell."""
+    side = pixels.shape[-1]
+    count, columns = (100, 20) if side < 64 else (20, 10)
+    grid_png(pixels[:count], str(path), columns=columns, enlarge=max(1, 32 // side))
+    return path
+
+
+def _part_name(cell: str, number: int) -> str:
+    return f"{cell}-{number:05d}.parquet"
+
+
+def _fits(clip: ClipScore, pixels: torch.Tensor, captions: list[str]) -> torch.Tensor:
+    starts = range(0, len(pixels), BATCH)
+    return torch.cat([clip.score(pixels[n : n + BATCH], captions[n : n + BATCH]).cpu() for n in starts])
+
+
+def _slices(pixels: np.ndarray) -> Iterator[torch.Tensor]:
+    for start in range(0, len(pixels), PART_IMAGES):
+        yield torch.from_numpy(np.require(pixels[start : start + PART_IMAGES], requirements="W"))
+
+
+def _parts(site: Site, samples: Artifact, cell: str) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
+    """This rank's parts of a cell, by number."""
+    for number in count(site.rank, site.world_size):
+        name = _part_name(cell_file(cell), number)
+        if name not in samples.manifest.files:
+            return
+        yield number, read_part(samples.fetch(site.cache) / name)
+
+
+def _measured(extractors: Mapping[str, Extractor], pixels: torch.Tensor) -> tuple[dict[str, Measured], Moments]:
+    return {kind: Measured.of(its, pixels) for kind, its in extractors.items()}, patch_moments(pixels)
+
+
+def _in_order(parts: list[dict[int, Any]]) -> list[Any]:
+    """Numbered results of all ranks in the order of their numbers; empty on the ranks that got none."""
+    return [result for _, result in sorted((item for part in parts for item in part.items()), key=lambda item: item[0])]
+
+
+def _extractors(site: Site, features: Artifact) -> dict[str, Extractor]:
+    """The experiment's networks by kind, CLIP aside, which scores images by itself."""
+    found: dict[str, Extractor] = {}
+    for config in site.workspace.experiment.evaluation.extractors:
+        if config.kind == "digits":
+            path = features.fetch(site.cache) / "classifier.safetensors"
+            found["digits"] = DigitExtractor(path, features.manifest.files[path.name].sha256, site.device)
+        elif config.kind != "clip":
+            found[config.kind] = open_extractor(local_extractor(config), site.device)
+    return found
+
+
+def _clip(site: Site, inputs: Inputs) -> tuple[ClipScore | None, list[str]]:
+    for config in site.workspace.experiment.evaluation.extractors:
+        if config.kind == "clip":
+            captions = _data(site, inputs)["train"].captions
+            assert captions, "clip was checked to have captions"
+            here = local_extractor(config)
+            return ClipScore(here.weights, here.sha256, site.device), captions.captions
+    return None, []
 
 
 def _data(site: Site, inputs: Inputs) -> dict[Split, ImageSet]:

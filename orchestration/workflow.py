@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestration.experiment import Experiment
+from orchestration.parts import Parts
 from orchestration.storage import Storage, open_storage
 from workers.manifest import CorruptError, Manifest, canonical_hash
 
@@ -36,7 +37,7 @@ class Stage:
     """One piece of work.
 
     Attributes:
-        name: unique in the experiment, `<kind>` or `<kind>/<arm>/<replicate>`.
+        name: unique in the experiment, `<kind>`, `base/<number>` where there are several, or `<kind>/<arm>/<pair>`.
         settings: plain JSON; with the inputs' content it decides the result.
         inputs: names of the stages whose results it reads.
         on_driver: needs no worker.
@@ -49,7 +50,7 @@ class Stage:
 
     @property
     def kind(self) -> str:
-        """What it does: data, base, guide, features, slow-flow, arms, samples, metrics or report."""
+        """What it does: data, base, guide, features, reference, slow-flow, arms, samples, metrics or report."""
         return self.name.split("/")[0]
 
 
@@ -92,9 +93,8 @@ class HeldError(ValueError):
 def stages_of(experiment: Experiment) -> list[Stage]:
     """All stages of an experiment in an order that respects their inputs."""
     e = experiment
-    base_run = e.base_run()
     codec = {"codec": e.codec.description} if e.codec else {}
-    lora = getattr(e.model, "lora_rank", 0) > 0
+    kinds = [extractor.kind for extractor in e.evaluation.extractors]
     stages = [
         # Encoders are told apart by their hashes, wherever they lie.
         Stage(
@@ -102,56 +102,85 @@ def stages_of(experiment: Experiment) -> list[Stage]:
             {**e.data.model_dump(mode="json", exclude_none=True, exclude={"images": PATHS_OF_ENCODERS}), **codec},
             on_driver=True,
         ),
-        Stage(
-            "base",
-            {"run": base_run.model_dump(mode="json")}
-            if base_run
-            else {"model": asdict(e.model), "sha256": e.base.sha256},
-            ("data",) if base_run else (),
-            on_driver=base_run is None,
-        ),
+        *(_base_stage(e, base) for base in range(e.bases)),
         *([Stage("guide", e.guide.model_dump(mode="json", exclude={"checkpoint"}), on_driver=True)] if e.guide else []),
-        Stage("features", {"num_classes": e.model.num_classes, "path": e.path}, ("data",)),
+        Stage(
+            "features",
+            {"num_classes": e.model.num_classes, "path": e.path, "classifier": "digits" in kinds},
+            ("data",),
+        ),
+        Stage(
+            "reference",
+            {
+                "extractors": _hashes(e),
+                "reference": e.evaluation.reference.model_dump(mode="json", exclude={"npz"}),
+            },
+            ("data", "features"),
+        ),
     ]
     trained = [name for name, arm in e.arms.items() if arm.train]
-    sampling_run = e.sampling_run().model_dump(mode="json", exclude={"training", "mixture", "seed"})
-    replicates = range(e.replicates)
-
-    def slow_flow(of: str, weights: tuple[str, ...]) -> Stage:
-        settings = {"run": sampling_run, "num_samples": e.evaluation.slow_flow_samples, "seed": e.sampling_seed(0)}
-        return Stage(f"slow-flow/{of}", settings, ("data", "features", *weights))
-
-    def weights_of(arm: str, replicate: int) -> tuple[str, ...]:
-        own = (f"arms/{arm}/{replicate}",) if arm in trained else ("base",)
-        return (*own, "base") if lora and arm in trained else own  # adapters alone are no model
-
-    guided = any(s.guidance == "autoguidance" and s.guidance_scale != 1 for s in e.evaluation.samplers)
-    # Captions and their embeddings lie beside the images.
-    beside = (*(["guide"] if guided else []), *(["data"] if e.model.family == "sd3" else []))
-
-    def samples(arm: str, replicate: int) -> Stage:
-        settings = {
-            "run": sampling_run,
-            "samplers": [asdict(s) for s in e.evaluation.samplers],
-            "num_samples": e.evaluation.num_samples,
-            "batch_size": e.evaluation.sample_batch_size,
-            "seed": e.sampling_seed(replicate),
-            **({"codec": {**asdict(e.codec), **dict.fromkeys(PATHS_OF_CODEC)}} if e.codec else {}),
-        }
-        return Stage(f"samples/{arm}/{replicate}", settings, (*weights_of(arm, replicate), *beside))
-
-    stages.append(slow_flow("base", ("base",)))
-    for k in replicates:
+    stages.append(_slow_flow_stage(e, "base", (e.base_stage(),)))
+    for pair in range(e.num_pairs):
         for arm in trained:
-            run = e.arm_run(arm, k).model_dump(mode="json")
-            stages.append(Stage(f"arms/{arm}/{k}", {"run": run}, ("data", "base")))
-    stages += [slow_flow(arm, weights_of(arm, 0)) for arm in trained]
-    stages += [samples(arm, k) for k in replicates for arm in e.arms]
-    for k in replicates:
+            run = e.arm_run(arm, pair).model_dump(mode="json")
+            stages.append(Stage(f"arms/{arm}/{pair}", {"run": run}, ("data", e.base_stage(e.base_of(pair)))))
+    stages += [_slow_flow_stage(e, arm, _weights_of(e, arm, 0)) for arm in trained]
+    stages += [_sample_stage(e, arm, pair) for pair in range(e.num_pairs) for arm in e.arms]
+    captioned = ("data",) if "clip" in kinds else ()
+    for pair in range(e.num_pairs):
         for arm in e.arms:
-            stages.append(Stage(f"metrics/{arm}/{k}", {}, (f"samples/{arm}/{k}", "features", "data")))
+            inputs = (f"samples/{arm}/{pair}", "features", "reference", *captioned)
+            stages.append(Stage(f"metrics/{arm}/{pair}", {"extractors": _hashes(e)}, inputs))
     reported = tuple(s.name for s in stages if s.kind in ("metrics", "slow-flow"))
     return [*stages, Stage("report", {"experiment": e.identity}, reported, on_driver=True)]
+
+
+def _base_stage(e: Experiment, base: int) -> Stage:
+    run = e.base_run(base)
+    if run:
+        return Stage(e.base_stage(base), {"run": run.model_dump(mode="json")}, ("data",))
+    return Stage(e.base_stage(base), {"model": asdict(e.model), "sha256": e.base.sha256}, on_driver=True)
+
+
+def _weights_of(e: Experiment, arm: str, pair: int) -> tuple[str, ...]:
+    """The stages whose weights make the arm's network: adapters alone are no model."""
+    base = e.base_stage(e.base_of(pair))
+    if not e.arms[arm].train:
+        return (base,)
+    return (f"arms/{arm}/{pair}", base) if getattr(e.model, "lora_rank", 0) else (f"arms/{arm}/{pair}",)
+
+
+def _sampled(e: Experiment) -> dict[str, Any]:
+    """The run's settings as far as sampling reads them."""
+    return e.sampling_run().model_dump(mode="json", exclude={"training", "mixture", "corrective", "seed"})
+
+
+def _slow_flow_stage(e: Experiment, of: str, weights: tuple[str, ...]) -> Stage:
+    settings = {"run": _sampled(e), "num_samples": e.evaluation.slow_flow_samples, "seed": e.sampling_seed(0)}
+    return Stage(f"slow-flow/{of}", settings, ("data", "features", *weights))
+
+
+def _sample_stage(e: Experiment, arm: str, pair: int) -> Stage:
+    cells, evaluation = e.evaluation.cells_of(e.base_of(pair)), e.evaluation
+    settings = {
+        "run": _sampled(e),
+        "samplers": [asdict(sampler) for sampler in cells],
+        "num_samples": evaluation.num_samples,
+        "batch_size": evaluation.sample_batch_size,
+        "label_law": evaluation.label_law,
+        "corrective": asdict(e.arms[arm].sampling),
+        "seed": e.sampling_seed(pair),
+        **({"codec": {**asdict(e.codec), **dict.fromkeys(PATHS_OF_CODEC)}} if e.codec else {}),
+    }
+    guided = any(s.guidance == "autoguidance" and s.guidance_scale != 1 for s in cells)
+    # Captions and their embeddings lie beside the images.
+    beside = (*(["guide"] if guided else []), *(["data"] if e.model.family == "sd3" else []))
+    return Stage(f"samples/{arm}/{pair}", settings, (*_weights_of(e, arm, pair), *beside))
+
+
+def _hashes(e: Experiment) -> list[dict[str, str]]:
+    """The extractors, wherever their weights lie."""
+    return [{"kind": extractor.kind, "sha256": extractor.sha256} for extractor in e.evaluation.extractors]
 
 
 def needed_for(stages: list[Stage], targets: Callable[[Stage], bool]) -> list[Stage]:
@@ -242,12 +271,30 @@ class Workspace:
         """Those still to do."""
         return [stage for stage in stages if self.artifact(stage.name) is None]
 
-    def publish(self, name: str, directory: Path, *, seconds: float, **about: Any) -> Artifact:
-        """Commits a stage's result; of two racing runners one wins and both go on with its result."""
+    def parts(self, name: str) -> Parts:
+        """The directory of a stage whose workers write its files one by one."""
+        path = self.path(name)
+        return Parts(self.storage, path, f"parts/{path.replace('/', '-')}")
+
+    def publish(
+        self, name: str, directory: Path, *, seconds: float, parts: Mapping[str, Any] | None = None, **about: Any
+    ) -> Artifact:
+        """Commits a stage's result; of two racing runners one wins and both go on with its result.
+
+        Args:
+            name: of the stage.
+            directory: its files.
+            seconds: that it took.
+            parts: records of the files that its workers have put in their place already.
+            about: more for the manifest's meta.
+        """
         path = self.path(name)
         meta = {"stage": name, "code": code_version(), "seconds": seconds, **about}
         try:
-            manifest = self.storage.publish(directory, path, meta)
+            if parts is None:
+                manifest = self.storage.publish(directory, path, meta)
+            else:
+                manifest = self.parts(name).commit(parts, directory, meta)
         except FileExistsError:
             found = self.storage.manifest(path)
             if found is None:
@@ -260,7 +307,7 @@ class Workspace:
         """Removes a stage's result and checkpoints, so that it is done anew."""
         if self.identity(name) is None or (name == "data" and self.experiment.data.shards):
             return
-        for path in (self.path(name), self.checkpoints(name)):
+        for path in (self.path(name), self.checkpoints(name), self.parts(name).records):
             self.storage.delete(path)
         self._found.clear()
 

@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from mixflow_core.correctives import TrainingCorrective
 from mixflow_core.interpolant import PathName
 from mixflow_core.loss import Prediction, Weighting
 from mixflow_core.mixture import SlowedMixture
@@ -90,6 +91,7 @@ class RunConfig(Frozen):
         prediction: what the network predicts.
         weighting: of the loss, for noise and score prediction.
         mixture: the law of (t, m).
+        corrective: other remedies for exposure bias in the input of training; the defaults are none.
         training: how long and how.
         alignment_weight: of REPA's alignment loss, added to the velocity loss; 0 trains without it, and leaves the
             projectors as they are. It needs a model with one projector and data with features.
@@ -101,6 +103,7 @@ class RunConfig(Frozen):
     prediction: Prediction = "velocity"
     weighting: Weighting = "none"
     mixture: SlowedMixture
+    corrective: TrainingCorrective = TrainingCorrective()
     training: Training
     alignment_weight: float = Field(default=0.0, ge=0)
     seed: int = Field(ge=0)

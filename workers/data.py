@@ -459,7 +459,8 @@ def _is_complete(home: Path) -> bool:
 class Batch:
     """What one forward pass needs: data x1, labels y (already dropped), noise x0, uniforms u (B, 2) for (t, m).
 
-    `features` are alignment targets (B, T, D), None where the run does not align.
+    `features` are alignment targets (B, T, D), None where the run does not align. `more_noise` (B, ...) and `u_rollout`
+    (B,) are what a TrainingCorrective draws, None without.
     """
 
     x1: Tensor
@@ -467,6 +468,8 @@ class Batch:
     x0: Tensor
     u: Tensor
     features: Tensor | None = None
+    more_noise: Tensor | None = None
+    u_rollout: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """A copy on a device; from pinned memory it does not wait."""
@@ -477,12 +480,12 @@ class Batch:
     @property
     def parts(self) -> tuple[Tensor | None, ...]:
         """The tensors in the order of the fields."""
-        return (self.x1, self.y, self.x0, self.u, self.features)
+        return (self.x1, self.y, self.x0, self.u, self.features, self.more_noise, self.u_rollout)
 
     @classmethod
     def made_of(cls, parts: Iterable[Tensor | None]) -> Batch:
         """The inverse of `parts`."""
-        return cls(*parts)  # type: ignore[arg-type]  # only the last may be None, and `parts` keeps their order
+        return cls(*parts)  # type: ignore[arg-type]  # only the last three may be None, and `parts` keeps their order
 
 
 @lru_cache(maxsize=4)
@@ -511,12 +514,15 @@ def shard_batch(run: RunConfig, data: ImageSet, step: int, shard: int) -> Batch:
     position = shard_position(step, shard, training.num_shards)
     x1 = data.x1(rows, generator(run.seed, "posterior", position) if data.has_posterior else None)
     u_drop = torch.rand(size, generator=generator(run.seed, "dropout", position))
+    corrective, numbers = run.corrective, generator(run.seed, "corrective", position)
     return Batch(
         x1=x1,
         y=drop_labels(data.y(rows), u_drop, run.model),
         x0=torch.randn(x1.shape, generator=generator(run.seed, "noise", position)),
         u=torch.rand(size, 2, generator=generator(run.seed, "time", position)),
         features=data.targets(rows) if run.alignment_weight else None,
+        more_noise=torch.randn(x1.shape, generator=numbers) if corrective.input_perturbation else None,
+        u_rollout=torch.rand(size, generator=numbers) if corrective.rollout_share else None,
     )
 
 

@@ -1,115 +1,223 @@
-"""What is measured of samples: distances to held-out images in the features of a classifier, and in pixels."""
+"""What is measured of images: their features in the order of the images, a reference, and the metrics between them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from torch.nn import functional
 
-from mixflow_core.metrics import Moments, frechet_distance, kernel_distance, precision_recall
+from mixflow_core.metrics import (
+    Gaussian,
+    Moments,
+    frechet_distance,
+    inception_score,
+    kernel_distance,
+    precision_recall,
+)
 from mixflow_core.rng import generator
-from workers.data import ImageSet
+from mixflow_core.statistics import bootstrap_sd
+from workers.extractors import Extractor
 
-METRICS = ("fd_digits", "kid_digits", "precision", "recall", "fd_pixels")
-NUM_FEATURES = 64
-MOST_PIXELS = 1024
-
-
-class DigitFeatures(nn.Module):
-    """A small classifier whose penultimate activations are the feature space of `fd_digits`; never called FID."""
-
-    def __init__(self, in_channels: int, image_size: int, num_classes: int) -> None:
-        super().__init__()
-        # Larger images are brought down to 8 x 8 first, so that every size costs about the same.
-        strides = [*([2] * max(0, (image_size // 8).bit_length() - 1)), 1, 1]
-        widths = [in_channels, 32, *([64] * (len(strides) - 1))]
-        convolutions = [
-            nn.Conv2d(a, b, 3, stride=s, padding=1) for a, b, s in zip(widths, widths[1:], strides, strict=False)
-        ]
-        self.convolutions = nn.Sequential(*(layer for conv in convolutions for layer in (conv, nn.ReLU())))
-        self.pool = nn.AdaptiveAvgPool2d(4)
-        self.penultimate = nn.Linear(widths[-1] * 16, NUM_FEATURES)
-        self.head = nn.Linear(NUM_FEATURES, num_classes)
-
-    def features(self, pixels: Tensor) -> Tensor:
-        """Features (B, 64) of uint8 pixels (B, C, H, W)."""
-        x = self.convolutions(pixels.float() / 127.5 - 1)
-        return functional.relu(self.penultimate(self.pool(x).flatten(1)))
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        """Logits (B, num_classes)."""
-        return self.head(self.features(pixels))
+BATCH = 50  # images of one call of an extractor, part of the protocol: it decides the last bits
+PATCH = 8  # side of the patches of fd_patches, in pixels
+RESAMPLES = 20  # of the bootstrap within a seed
+NEIGHBOURS = 3  # of precision and recall, as ADM's evaluator takes them
+PUBLISHED = {
+    "frechet": "fid",
+    "spatial": "sfid",
+    "score": "inception_score",
+    "kernel": "kid",
+    "precision": "precision",
+    "recall": "recall",
+}
 
 
-def train_features(data: ImageSet, held_out: ImageSet, num_classes: int) -> tuple[DigitFeatures, float]:
-    """Trains the classifier on the train split, always the same way; returns it and its held-out accuracy."""
-    images, labels = torch.from_numpy(data.seen.copy()), data.y(slice(None))
-    net = DigitFeatures(images.shape[1], images.shape[2], num_classes)
-    numbers = generator(0, "init", 0)
-    for module in net.modules():
-        if isinstance(module, nn.Linear | nn.Conv2d) and module.bias is not None:
-            nn.init.kaiming_uniform_(module.weight, generator=numbers)
-            nn.init.zeros_(module.bias)
-    epochs, batch_size = 30, 128
-    steps = epochs * -(-len(labels) // batch_size)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=2e-3, weight_decay=1e-2)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
-    for epoch in range(epochs):
-        for rows in torch.randperm(len(labels), generator=generator(0, "order", epoch)).split(batch_size):
-            functional.cross_entropy(net(images[rows]), labels[rows]).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            schedule.step()
-    net.eval()
-    with torch.no_grad():
-        hits = net(torch.from_numpy(held_out.seen.copy())).argmax(1) == held_out.y(slice(None))
-    return net, hits.double().mean().item()
+def metric_names(kind: str) -> dict[str, str]:
+    """What the numbers of an extractor are called: `frechet`, `kernel`, ... -> metric.
 
-
-class Reference(NamedTuple):
-    """Held-out images in both spaces, computed once."""
-
-    features: Tensor
-    moments: Moments
-    pixels: Moments
-
-
-@torch.no_grad()
-def reference_of(net: DigitFeatures, pixels: Tensor) -> Reference:
-    """The reference that samples are compared with, from uint8 pixels (N, C, H, W)."""
-    features = extract(net, pixels)
-    return Reference(features, Moments.of(features), Moments.of(as_vectors(pixels)))
-
-
-@torch.no_grad()
-def score(net: DigitFeatures, pixels: Tensor, reference: Reference) -> Mapping[str, float]:
-    """All METRICS of a sample set, uint8 pixels (N, C, H, W)."""
-    features = extract(net, pixels)
-    precision, recall = precision_recall(reference.features, features)
-    return {
-        "fd_digits": frechet_distance(Moments.of(features), reference.moments),
-        "kid_digits": kernel_distance(features, reference.features),
-        "precision": precision,
-        "recall": recall,
-        "fd_pixels": frechet_distance(Moments.of(as_vectors(pixels)), reference.pixels),
-    }
-
-
-def extract(net: DigitFeatures, pixels: Tensor, batch_size: int = 500) -> Tensor:
-    """Features in fixed batches, (N, 64)."""
-    return torch.cat([net.features(part) for part in pixels.split(batch_size)])
-
-
-def as_vectors(pixels: Tensor) -> Tensor:
-    """Pixels scaled to [-1, 1] as vectors (N, D): distances in them see residual noise that features miss.
-
-    Images of more than MOST_PIXELS values are halved by averaging until they have no more: a covariance grows with the
-    square of them, and the time for its root with the cube.
+    Only the FID-Inception's have the published names; those of any other carry the extractor's.
     """
-    x = pixels.double() / 127.5 - 1
-    while x[0].numel() > MOST_PIXELS:
-        x = functional.avg_pool2d(x, 2)
-    return x.flatten(1)
+    if kind == "clip":
+        return {"score": "clip_score"}
+    if kind == "inception":
+        return PUBLISHED
+    own = {"frechet": "fd", "kernel": "kid", "precision": "precision", "recall": "recall"}
+    return {what: f"{stem}_{kind}" for what, stem in own.items()}
+
+
+def metrics_of(kinds: Sequence[str]) -> list[str]:
+    """All metrics of an experiment with these extractors."""
+    return [*(name for kind in kinds for name in metric_names(kind).values()), "fd_patches"]
+
+
+# ------------------------------------------------------------------------------------------------------ a set of images
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What metrics read of a set of images in one extractor's space; parts join in the order of their images.
+
+    Attributes:
+        pooled: features (N, D), float32, on the CPU.
+        spatial: moments of sFID's features; None where the extractor has none.
+        logits: (N, K), float32, on the CPU; None where it has none.
+    """
+
+    pooled: Tensor
+    spatial: Moments | None = None
+    logits: Tensor | None = None
+
+    @classmethod
+    def of(cls, extractor: Extractor, pixels: Tensor) -> Measured:
+        """Features of uint8 pixels (N, C, H, W), in fixed batches."""
+        return cls.join([cls._of_batch(extractor, batch) for batch in pixels.split(BATCH)])
+
+    @classmethod
+    def _of_batch(cls, extractor: Extractor, pixels: Tensor) -> Measured:
+        found = extractor.extract(pixels)
+        spatial = None if found.spatial is None else _on_cpu(Moments.of(found.spatial))
+        return cls(found.pooled.cpu(), spatial, None if found.logits is None else found.logits.cpu())
+
+    @classmethod
+    def join(cls, parts: Sequence[Measured]) -> Measured:
+        """The parts as one set, in their order: the last bits of merged moments depend on it."""
+        logits = [part.logits for part in parts if part.logits is not None]
+        return cls(
+            torch.cat([part.pooled for part in parts]),
+            merged(part.spatial for part in parts),
+            torch.cat(logits) if logits else None,
+        )
+
+
+def patch_moments(pixels: Tensor) -> Moments:
+    """Moments of all patches of 8 x 8 pixels, scaled to [-1, 1], of uint8 pixels (N, C, H, W): at full resolution.
+
+    Distances between them see residual noise, which features of images brought down to an extractor's size may miss.
+    """
+    parts = []
+    for batch in pixels.split(BATCH):
+        values = batch.double() / 127.5 - 1
+        side = min(PATCH, values.shape[-1])
+        patches = functional.unfold(values, side, stride=side)  # (B, C side^2, patches of an image)
+        parts.append(Moments.of(patches.transpose(1, 2).flatten(0, 1)))
+    return reduce(Moments.merge, parts)
+
+
+def merged(parts: Iterable[Moments | None]) -> Moments | None:
+    """Moments of the union, merged in their order; None where there are none."""
+    there = [part for part in parts if part is not None]
+    return reduce(Moments.merge, there) if there else None
+
+
+def _on_cpu(moments: Moments) -> Moments:
+    return Moments(moments.count, moments.mean.cpu(), moments.scatter.cpu())
+
+
+# ---------------------------------------------------------------------------------------------------------- references
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What samples are compared with in one extractor's space.
+
+    Attributes:
+        gaussian: mean and covariance of its features.
+        spatial: the same of sFID's; None without.
+        features: (M, D) for kernel distance, precision and recall; None where only statistics are known.
+    """
+
+    gaussian: Gaussian
+    spatial: Gaussian | None = None
+    features: Tensor | None = None
+
+    @classmethod
+    def of(cls, measured: Measured) -> Reference:
+        """Of a set of images."""
+        spatial = measured.spatial.gaussian if measured.spatial else None
+        return cls(Moments.of(measured.pooled).gaussian, spatial, measured.pooled)
+
+    def save(self, path: Path) -> None:
+        """Writes it as safetensors."""
+        tensors = {"mean": self.gaussian.mean, "covariance": self.gaussian.covariance}
+        if self.spatial:
+            tensors |= {"spatial_mean": self.spatial.mean, "spatial_covariance": self.spatial.covariance}
+        if self.features is not None:
+            tensors["features"] = self.features
+        save_file({name: value.cpu().contiguous() for name, value in tensors.items()}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Reference:
+        """Reads what `save` wrote."""
+        found = load_file(path)
+        spatial = Gaussian(found["spatial_mean"], found["spatial_covariance"]) if "spatial_mean" in found else None
+        return cls(Gaussian(found["mean"], found["covariance"]), spatial, found.get("features"))
+
+    def to(self, device: torch.device) -> Reference:
+        """A copy on a device, where distances are computed."""
+        return Reference(
+            _moved(self.gaussian, device),
+            _moved(self.spatial, device) if self.spatial else None,
+            None if self.features is None else self.features.to(device),
+        )
+
+
+def _moved(gaussian: Gaussian, device: torch.device) -> Gaussian:
+    return Gaussian(gaussian.mean.to(device), gaussian.covariance.to(device))
+
+
+# --------------------------------------------------------------------------------------------------------------- scores
+
+
+def score(kind: str, found: Measured, reference: Reference, device: torch.device) -> dict[str, Any]:
+    """Every metric of a sample set that its features and the reference allow.
+
+    Args:
+        kind: of the extractor.
+        found: the samples.
+        reference: what they are compared with, on `device`.
+        device: where distances are computed, in float64.
+
+    Returns:
+        Metric -> value; `within`: metric -> standard deviation over resampled images, the variation within a seed; and
+        `by_count`: metric -> number of images -> value of the first so many.
+
+    Raises:
+        ValueError: too few images for a covariance.
+    """
+    names, features = metric_names(kind), found.pooled.to(device)
+    scores = {names["frechet"]: frechet_distance(Moments.of(features), reference.gaussian)}
+    if found.spatial and reference.spatial:
+        spatial = Moments(found.spatial.count, found.spatial.mean.to(device), found.spatial.scatter.to(device))
+        scores[names["spatial"]] = frechet_distance(spatial, reference.spatial)
+    if found.logits is not None:
+        scores[names["score"]] = inception_score(found.logits)[0]
+    if reference.features is not None:
+        scores[names["kernel"]] = kernel_distance(features, reference.features)
+        scores[names["precision"]], scores[names["recall"]] = precision_recall(
+            reference.features, features, k=NEIGHBOURS
+        )
+
+    def distance_of(rows: Tensor) -> float:
+        return frechet_distance(Moments.of(features[rows]).gaussian, reference.gaussian)
+
+    count, name = len(features), names["frechet"]
+    spread = bootstrap_sd(distance_of, count, resamples=RESAMPLES, numbers=generator(0, "eval", 2))
+    counts = [n for n in (count // 4, count // 2, count) if n > features.shape[1]]
+    by_count = {str(n): frechet_distance(Moments.of(features[:n]), reference.gaussian) for n in counts}
+    return {**scores, "within": {name: spread}, "by_count": {name: by_count}}
+
+
+def join_scores(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The scores of several extractors as one cell."""
+    cell: dict[str, Any] = {}
+    for part in parts:
+        for name, value in part.items():
+            cell[name] = {**cell.get(name, {}), **value} if isinstance(value, Mapping) else value
+    return cell

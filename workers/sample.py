@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from pathlib import Path
+from typing import IO, Literal, NamedTuple
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 from torch import Tensor, nn
 
+from mixflow_core.correctives import SamplingCorrective
 from mixflow_core.guidance import ConditionalModel, autoguided, classifier_free
 from mixflow_core.interpolant import Interpolant
 from mixflow_core.loss import velocity_field
@@ -18,6 +24,14 @@ from mixflow_core.samplers import CountedField, Field, Sampler
 from workers.config import RunConfig
 from workers.data import to_pixels
 
+LabelLaw = Literal["equal", "random"]
+LABEL_LAWS: dict[LabelLaw, str] = {
+    "equal": "equal (image i has class i mod number of classes)",
+    "random": "random (uniform and independent, by image index)",
+}
+# Most images and most bytes of pixels in a part: what a worker writes at once, and keeps if it is killed.
+PART_IMAGES, PART_BYTES = 1000, 64 * 2**20
+
 
 @dataclass(frozen=True)
 class SampleSet:
@@ -25,21 +39,41 @@ class SampleSet:
 
     Attributes:
         sampler: method, steps and guidance.
-        num_samples: images; image i has label i mod num_classes (the equal label law).
+        num_samples: images.
         batch_size: images of one network call; matrix products differ in the last bit between batch sizes, so it is
             part of the protocol.
-        seed: of the starting noise and the SDE's noise, together with the image's index.
+        seed: of the starting noise, the SDE's noise and random labels, together with the image's index.
+        label_law: see LABEL_LAWS.
+        corrective: remedies for exposure bias in sampling; the defaults are none.
     """
 
     sampler: Sampler
     num_samples: int
     batch_size: int
     seed: int
+    label_law: LabelLaw = "equal"
+    corrective: SamplingCorrective = SamplingCorrective()
 
     @property
     def num_batches(self) -> int:
         """Logical batches; the last may be smaller."""
         return -(-self.num_samples // self.batch_size)
+
+    def indices(self, number: int) -> range:
+        """The images of logical batch `number`."""
+        return range(number * self.batch_size, min((number + 1) * self.batch_size, self.num_samples))
+
+    def parts(self, image_bytes: int) -> list[range]:
+        """Logical batches by part, for images of so many bytes: the same whatever the number of workers."""
+        batches = max(1, min(PART_IMAGES // self.batch_size, PART_BYTES // (image_bytes * self.batch_size)))
+        return [range(n, min(n + batches, self.num_batches)) for n in range(0, self.num_batches, batches)]
+
+    def labels(self, indices: range, num_classes: int) -> Tensor:
+        """Labels (B,) of these images."""
+        if self.label_law == "equal":
+            return torch.tensor([i % num_classes for i in indices])
+        drawn = (torch.randint(num_classes, (1,), generator=generator(self.seed, "sample_label", i)) for i in indices)
+        return torch.cat(list(drawn))
 
 
 class Samples(NamedTuple):
@@ -72,8 +106,8 @@ def sample_batch(
         guide: the weaker model of autoguidance.
         decode: samples (B, C, H, W) on the CPU -> uint8 pixels; a codec's for latents.
     """
-    indices = range(number * what.batch_size, min((number + 1) * what.batch_size, what.num_samples))
-    labels = torch.tensor([i % run.model.num_classes for i in indices])
+    indices = what.indices(number)
+    labels = what.labels(indices, run.model.num_classes)
     x0 = start_noise(run, what.seed, indices).to(device)
     sde_noise = [generator(what.seed, "sde_noise", i) for i in indices]
 
@@ -82,7 +116,8 @@ def sample_batch(
 
     counted = [CountedField(network, len(labels)) for network in (model, guide) if network is not None]
     field = sampling_field(counted[0], run, labels.to(device), what.sampler, counted[-1] if guide else None)
-    x1 = what.sampler.run(field, x0, Interpolant(run.path), noise).cpu()
+    interpolant = Interpolant(run.path)
+    x1 = what.sampler.run(what.corrective.wrap(field, interpolant, what.sampler), x0, interpolant, noise).cpu()
     finite = torch.isfinite(x1).flatten(1).all(1)
     if not finite.all():  # as pixels they would pass for black
         first = indices[int(finite.logical_not().nonzero()[0])]
@@ -133,6 +168,29 @@ def sampling_field(
 
 def _with_labels(model: ConditionalModel, y: Tensor, x: Tensor, t: Tensor) -> Tensor:
     return model(x, t, y)
+
+
+def write_part(path: Path, pixels: Tensor, labels: Tensor) -> None:
+    """Writes a part as Parquet, whose bytes depend on its content alone: columns `image` and `label`."""
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(pixels.numpy().reshape(-1)), pixels[0].numel())
+    table = pa.table({"image": flat, "label": labels.numpy()})
+    pq.write_table(table.replace_schema_metadata({"mixflow": json.dumps({"shape": list(pixels.shape[1:])})}), path)
+
+
+def read_part(path: Path | IO[bytes]) -> tuple[Tensor, Tensor]:
+    """Pixels (N, C, H, W) uint8 and labels (N,) of a part.
+
+    Raises:
+        ValueError: it is no part of samples, or damaged.
+    """
+    try:
+        table = pq.read_table(path)
+        shape = json.loads(table.schema.metadata[b"mixflow"])["shape"]
+        flat = table["image"].combine_chunks().flatten().to_numpy()
+        pixels = torch.from_numpy(np.require(flat.reshape(table.num_rows, *shape), np.uint8, "W"))
+        return pixels, torch.from_numpy(np.require(table["label"].to_numpy(), np.int64, "W"))
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"samples {path} must be a Parquet file of images and labels; {error}") from error
 
 
 def grid_png(pixels: Tensor, path: str, *, columns: int = 20, enlarge: int = 1) -> None:

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from mixflow_core.interpolant import Interpolant
-from mixflow_core.loss import alignment_loss, per_sample_loss
+from mixflow_core.loss import alignment_loss, per_sample_loss, times_defined, velocity_field
 from mixflow_core.rng import generator
 from workers.checkpoint import TrainState
 from workers.config import RunConfig
@@ -90,7 +90,7 @@ def post_train(
 
     window_loss, window_start = torch.zeros((), dtype=torch.float64, device=device), time.perf_counter()
     for batches in _prefetch(lambda k: _passes(run, data, k, shards, device), step, training.steps):
-        loss = gradients.compute(batches, interpolant)
+        loss = gradients.compute(batches, interpolant, step / training.steps)
         norm = nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None], foreach=True)
         if training.grad_clip:
             nn.utils.clip_grads_with_norm_(parameters.values(), training.grad_clip, norm, foreach=True)
@@ -158,8 +158,13 @@ def held_out_loss(run: RunConfig, model: nn.Module, held_out: ImageSet, io: RunI
 # ------------------------------------------------------------------------------------------------- gradients
 
 
-def _loss(run: RunConfig, model: Callable[..., Any], batch: Batch, interpolant: Interpolant) -> Tensor:
-    """Sum over the batch of Algorithm 1's loss, and of REPA's alignment loss where the batch has its targets."""
+def _loss(
+    run: RunConfig, model: Callable[..., Any], batch: Batch, interpolant: Interpolant, progress: float | None = None
+) -> Tensor:
+    """Sum over the batch of Algorithm 1's loss, and of REPA's alignment loss where the batch has its targets.
+
+    `progress` is the step over the number of steps, for a corrective of the input; None leaves the input alone.
+    """
     pair = run.mixture.pair(interpolant, run.mixture.draw(batch.u), x0=batch.x0, x1=batch.x1)
     projected: list[Tensor] = []
 
@@ -171,6 +176,16 @@ def _loss(run: RunConfig, model: Callable[..., Any], batch: Batch, interpolant: 
         return out
 
     with torch.autocast(batch.x1.device.type, torch.bfloat16, enabled=run.training.precision == "bf16"):
+        if progress is not None and not run.corrective.is_off:
+            pair = run.corrective.apply(
+                pair,
+                interpolant,
+                velocity_field(lambda x, t: model(x, t, batch.y), interpolant, run.prediction),
+                progress=progress,
+                noise=batch.more_noise,
+                u=batch.u_rollout,
+                start=times_defined(run.path, run.prediction)[0],
+            )
         losses = per_sample_loss(predict, pair, interpolant, prediction=run.prediction, weighting=run.weighting)
         if batch.features is not None:
             losses = losses + run.alignment_weight * alignment_loss(projected[0], batch.features)
@@ -193,17 +208,17 @@ class _JoinedGradients:
         One pass whose gradient is thrown away puts every start, fresh or resumed, behind that point.
         """
         if self.world_size > 1:
-            self.compute(batches, interpolant)
+            self.compute(batches, interpolant, 0.0)
             self.model.zero_grad()
 
-    def compute(self, batches: list[Batch], interpolant: Interpolant) -> Tensor:
+    def compute(self, batches: list[Batch], interpolant: Interpolant, progress: float) -> Tensor:
         """Leaves the gradient of the global mean loss in the parameters and returns that loss."""
         scale = 1 / self.run.training.global_batch_size
         total = torch.zeros((), device=batches[0].x1.device)
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with self._accumulating(last):
-                loss = _loss(self.run, self.model, batch, interpolant) * scale
+                loss = _loss(self.run, self.model, batch, interpolant, progress) * scale
                 total = total + loss.detach()
                 if last:
                     # Reduced while the last backward pass runs.
@@ -234,7 +249,7 @@ class _OrderedGradients:
     def warm_up(self, batches: list[Batch], interpolant: Interpolant) -> None:
         """Nothing to lay out."""
 
-    def compute(self, batches: list[Batch], interpolant: Interpolant) -> Tensor:
+    def compute(self, batches: list[Batch], interpolant: Interpolant, progress: float) -> Tensor:
         """Leaves the gradient of the global mean loss in the parameters and returns that loss."""
         scale = 1 / self.run.training.global_batch_size
         num_shards = self.run.training.num_shards
@@ -245,7 +260,7 @@ class _OrderedGradients:
             mine = torch.zeros(size, device=total.device)
             if first // self.world_size < len(batches):
                 batch = batches[first // self.world_size]
-                loss = _loss(self.run, self.model, batch, interpolant) * scale
+                loss = _loss(self.run, self.model, batch, interpolant, progress) * scale
                 grads = torch.autograd.grad(loss, self.parameters)
                 mine = torch.cat([*(g.reshape(-1) for g in grads), loss.detach().reshape(1)])
                 local.append(mine[-1])

@@ -59,7 +59,7 @@ class Beside(Worker):
         super().__init__(task)
         torch.set_num_threads(1)
         self.bare = BareLoop(task.recipe.codec, task.recipe.settings.batch_size, self.encoder.device)
-        self.home = Path(task.storage.uri).parent
+        self.home = Path(task.parts.storage.uri).parent
 
     def do(self, piece: Mapping[str, Any]) -> dict[str, Any]:
         """See Worker."""

@@ -19,6 +19,7 @@ from tiny_models import tiny_vae
 from tiny_sd3 import tiny_text_encoders
 
 from orchestration.encode import Task, Worker, encode
+from orchestration.parts import Parts
 from orchestration.storage import Storage, open_storage
 from workers.codecs import CodecConfig, directory_hash
 from workers.data import Split, Statistics, read_captions, read_shards, shard_path, write_statistics
@@ -226,7 +227,7 @@ def test_what_goes_wrong_on_a_worker_is_one_line_and_frees_the_cluster(cluster: 
 def work(tmp_path: Path) -> tuple[Worker, dict[str, Any], Path, Path]:
     """A worker, a piece of work, and where its file and its record lie."""
     plan = plan_encoding(Images(source=class_folder(tmp_path / "source", pictures(40)), held_out=8), PIXELS)
-    worker = Worker(Task(plan.recipe, open_storage(str(tmp_path / "ws")), PATH, "records", 1, False))
+    worker = Worker(Task(plan.recipe, Parts(open_storage(str(tmp_path / "ws")), PATH, "records"), 1, False))
     piece = json.loads(json.dumps({"name": "held_out-00000.parquet", "digest": "abc", "shard": plan.shards[-1]}))
     file = tmp_path / "ws" / PATH / piece["name"]
     return worker, piece, file, tmp_path / "ws" / "records" / f"{piece['name']}.json"
@@ -248,7 +249,7 @@ ALTERED = {
     "is missing": lambda piece, file, record: file.unlink(),
     "content is not what": lambda piece, file, record: file.write_bytes(file.read_bytes()[:-1]),
     "record is unreadable": lambda piece, file, record: record.write_text("{"),
-    "images or settings have changed": lambda piece, file, record: piece.update(digest="other"),
+    "inputs or settings have changed": lambda piece, file, record: piece.update(digest="other"),
 }
 
 

@@ -10,11 +10,12 @@ from torch import nn
 from toys import GaussianFlow
 from worker_toys import run_config
 
+from mixflow_core.correctives import SamplingCorrective
 from mixflow_core.rng import generator
 from mixflow_core.samplers import Sampler
 from workers.data import to_pixels
 from workers.models.sit import SiT
-from workers.sample import SampleSet, grid_png, sample_batch, start_noise
+from workers.sample import SampleSet, grid_png, read_part, sample_batch, start_noise, write_part
 
 CPU = torch.device("cpu")
 SAMPLERS = {
@@ -180,3 +181,58 @@ def test_samples_that_are_not_finite_are_refused(model):
     what = SampleSet(SAMPLERS["euler"][0], num_samples=4, batch_size=4, seed=3)
     with pytest.raises(FloatingPointError, match="samples must be finite, but image 0 of euler"):
         sample_batch(model, run_config(), what, 0, CPU)
+
+
+def test_random_labels_are_functions_of_seed_and_index():
+    what = SampleSet(Sampler("euler", 1), num_samples=3000, batch_size=100, seed=5, label_law="random")
+    labels = what.labels(range(3000), 10)
+    assert torch.equal(torch.cat([what.labels(what.indices(number), 10) for number in range(30)]), labels)
+    # Pearson's statistic of a fair draw of 10 classes has 9 degrees of freedom: above 27.9 once in a thousand seeds.
+    counts = labels.bincount(minlength=10).double()
+    assert len(counts) == 10
+    assert float(((counts - 300) ** 2 / 300).sum()) < 27.9
+    other = SampleSet(Sampler("euler", 1), num_samples=3000, batch_size=100, seed=6, label_law="random")
+    assert not torch.equal(other.labels(range(3000), 10), labels)
+    equal = SampleSet(Sampler("euler", 1), num_samples=3000, batch_size=100, seed=5)
+    assert equal.labels(range(25), 10).tolist() == [*range(10), *range(10), *range(5)]
+
+
+@pytest.mark.parametrize(
+    ("num_samples", "batch_size", "image_bytes", "lengths"),
+    [
+        (2000, 250, 64, [4, 4]),  # 1,000 images
+        (2100, 250, 64, [4, 4, 1]),
+        (500, 50, 3 * 512**2, [1] * 10),  # 64 MiB hold 85 images
+        (100, 1500, 64, [1]),  # a batch is never cut
+    ],
+)
+def test_parts_are_whole_batches_of_a_bounded_size(num_samples, batch_size, image_bytes, lengths):
+    what = SampleSet(Sampler("euler", 1), num_samples=num_samples, batch_size=batch_size, seed=0)
+    parts = what.parts(image_bytes)
+    assert [len(part) for part in parts] == lengths
+    assert [number for part in parts for number in part] == list(range(what.num_batches))
+
+
+def test_parts_are_read_as_they_were_written(tmp_path):
+    numbers = torch.Generator().manual_seed(0)
+    pixels = torch.randint(0, 256, (7, 3, 4, 4), generator=numbers, dtype=torch.uint8)
+    labels = torch.arange(7) * 3
+    write_part(tmp_path / "a.parquet", pixels, labels)
+    write_part(tmp_path / "b.parquet", pixels.clone(), labels)
+    found = read_part(tmp_path / "a.parquet")
+    assert torch.equal(found[0], pixels)
+    assert torch.equal(found[1], labels)
+    assert (tmp_path / "a.parquet").read_bytes() == (tmp_path / "b.parquet").read_bytes()
+    (tmp_path / "b.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:-40])
+    with pytest.raises(ValueError, match=r"b.parquet must be a Parquet file of images and labels; "):
+        read_part(tmp_path / "b.parquet")
+
+
+def test_a_corrective_changes_what_is_sampled_and_none_does_not(model):
+    run, sampler = run_config(), Sampler("euler", 4)
+    plain = SampleSet(sampler, num_samples=4, batch_size=4, seed=3)
+    scaled = SampleSet(sampler, num_samples=4, batch_size=4, seed=3, corrective=SamplingCorrective(epsilon_scale=1.5))
+    off = SampleSet(sampler, num_samples=4, batch_size=4, seed=3, corrective=SamplingCorrective())
+    found = [sample_batch(model, run, what, 0, CPU, decode=lambda x: x).pixels for what in (plain, off, scaled)]
+    assert torch.equal(found[0], found[1])
+    assert not torch.equal(found[0], found[2])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from worker_toys import differences, latents, local_io, parts, pixels, run_config
 
+from mixflow_core.correctives import TrainingCorrective
 from mixflow_core.rng import generator
 from workers.checkpoint import TrainState
 from workers.data import batch_rows, shard_batch
@@ -81,6 +82,40 @@ def test_the_loop_is_adamw_on_algorithm_1_and_a_warmed_up_average(tmp_path):
     assert torch.equal(state.ema["pos_embed"], start["pos_embed"])
     assert [step for step, _ in rows] == [1, 2, 3, 4, 4]
     assert all(metrics["time/images_per_s"] > 0 for _, metrics in rows[:4])
+
+
+def test_correctives_change_the_input_alone(tmp_path):
+    """Input Perturbation and the one-step self-rollout by hand, in float64, with weights that stand still."""
+    corrective = {"input_perturbation": 0.3, "rollout_share": 0.8, "rollout_step": 0.2, "rollout_ramp": 0.5}
+    run = run_config(steps=8, checkpoint_every=8, learning_rate=1e-12)
+    run = run.model_copy(update={"corrective": TrainingCorrective(**corrective)})
+    start, data = random_weights(run), pixels()
+    state = post_train(run, data, pixels(24, seed=1), local_io(tmp_path / "whole"), initial=start)
+    model = SiT(run.model).double()
+    model.load_state_dict(start)
+    losses, replaced = [], 0
+    for step in range(8):
+        shards = [shard_batch(run, data, step, shard) for shard in range(8)]
+        names = ("x1", "y", "x0", "u", "more_noise", "u_rollout")
+        x1, y, x0, u, noise, choice = (torch.cat([getattr(s, key) for s in shards]).double() for key in names)
+        y = y.long()
+        t = u[:, 0] ** 0.5
+        m = t - 0.8 * t * u[:, 1]
+        s = (m - 0.2).clamp(min=0)
+        at = [value[:, None, None, None] for value in (m, s)]
+        x_m, x_s = (where * x1 + (1 - where) * x0 for where in at)
+        with torch.no_grad():
+            own = x_s + (at[0] - at[1]) * model(x_s, s, y)
+        rolled = choice < 0.8 * min(step / 8 / 0.5, 1)
+        replaced += int(rolled.sum())
+        x = torch.where(rolled[:, None, None, None], own, x_m) + 0.3 * (1 - at[0]) * noise
+        losses.append(((model(x, t, y) - (x1 - x0)) ** 2).mean().item())
+    assert [row["train/loss"] for row in state.history if "train/loss" in row] == pytest.approx(losses, rel=1e-5)
+    assert 0 < replaced < 8 * 16
+    # What is held out is looked at without correctives.
+    plain = run_config(steps=8, checkpoint_every=8, learning_rate=1e-12)
+    other = post_train(plain, data, pixels(24, seed=1), local_io(tmp_path / "plain"), initial=start)
+    assert state.history[-1]["eval/loss"] == pytest.approx(other.history[-1]["eval/loss"], rel=1e-6)
 
 
 def test_the_held_out_loss_is_that_of_the_average_on_unseen_images(tmp_path):

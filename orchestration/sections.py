@@ -1,0 +1,224 @@
+"""The sections of an experiment file, each checked by itself; `experiment` checks how they fit together."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from mixflow_core.correctives import SamplingCorrective, TrainingCorrective
+from mixflow_core.mixture import SlowedMixture
+from mixflow_core.samplers import Sampler
+from workers.config import Frozen, Training
+from workers.data import Split
+from workers.encode import Images
+from workers.evaluate import PUBLISHED, metrics_of
+from workers.extractors import ExtractorConfig
+from workers.models.family import ModelConfig
+from workers.sample import LabelLaw
+
+STANDARD = SlowedMixture(time_law="uniform", slowing_law="interval", gamma=0.0, target_time="m")
+
+
+class Digits(Frozen):
+    """scikit-learn's handwritten digits: 1,797 real images of 10 classes.
+
+    Attributes:
+        image_size: side in pixels, 8 as they are or a larger power of two (enlarged, bicubic).
+        held_out: images kept out of training.
+    """
+
+    image_size: Literal[8, 16, 32, 64] = 8
+    held_out: int = Field(default=597, ge=100, le=1500)
+
+
+class Data(Frozen):
+    """Where the images come from.
+
+    Attributes:
+        digits: scikit-learn's handwritten digits, as pixels.
+        shards: the URI of a directory in this project's format, pixels or latents.
+        images: a folder, WebDataset or Parquet of images, to be encoded by the experiment's codec.
+    """
+
+    digits: Digits | None = None
+    shards: str | None = None
+    images: Images | None = None
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if sum(given is not None for given in (self.digits, self.shards, self.images)) != 1:
+            raise ValueError("data must give exactly one of 'digits', 'shards' and 'images'; remove or add one")
+        return self
+
+
+class Base(Frozen):
+    """The model that is post-trained: given by `checkpoint` (a URI, with its `sha256`), or trained here by `train`.
+
+    Attributes:
+        mixture: the times it was trained with, m = t: the standard arm goes on with them.
+    """
+
+    checkpoint: str | None = None
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+    train: Training | None = None
+    mixture: SlowedMixture = STANDARD
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.checkpoint is None) == (self.train is None):
+            raise ValueError("base must give exactly one of 'checkpoint' and 'train'; remove or add one")
+        if (self.checkpoint is None) != (self.sha256 is None):
+            raise ValueError("base must give 'checkpoint' and 'sha256' together; sha256sum FILE prints it")
+        if self.mixture.gamma or self.mixture.slowing_law != "interval":
+            raise ValueError("base.mixture must be standard interpolation, m = t; set its gamma to 0")
+        return self
+
+
+class Guide(Frozen):
+    """The weaker model of autoguidance: a checkpoint (URI and SHA-256) of its own shape."""
+
+    model: ModelConfig
+    checkpoint: str
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+
+
+class Arm(Frozen):
+    """One way to go on from the base.
+
+    Attributes:
+        train: false for the base itself, without post-training.
+        mixture: what differs from the experiment's mixture.
+        corrective: other remedies for exposure bias in the input of its training.
+        sampling: other remedies in its sampling; arms that differ in nothing else share their training.
+        judged: whether it gets a verdict, for which a slowed arm needs its matched control beside it. An arm that is
+            not judged, a point of a sweep or of a table, is shown with its intervals alone.
+    """
+
+    train: bool = True
+    mixture: Mapping[str, Any] = {}
+    corrective: TrainingCorrective = TrainingCorrective()
+    sampling: SamplingCorrective = SamplingCorrective()
+    judged: bool = True
+
+    @model_validator(mode="after")
+    def _used(self) -> Self:
+        if not self.train and (self.mixture or not self.corrective.is_off):
+            raise ValueError("mixture and corrective must be left out where train is false; remove them")
+        return self
+
+
+class Reference(Frozen):
+    """What samples are compared with.
+
+    Attributes:
+        split: images of the data, `held_out` or `train`, whose pixels were kept.
+        npz: URI of a reference of ADM's evaluator: the FID-Inception's statistics, and images for the other metrics.
+        sha256: of that file.
+    """
+
+    split: Split | None = None
+    npz: str | None = None
+    sha256: str | None = Field(default=None, pattern=r"^[0-9a-f]{64}$")
+
+    @model_validator(mode="after")
+    def _one(self) -> Self:
+        if (self.split is None) == (self.npz is None):
+            raise ValueError("reference must give exactly one of 'split' and 'npz'; remove or add one")
+        if (self.npz is None) != (self.sha256 is None):
+            raise ValueError("reference must give 'npz' and 'sha256' together; sha256sum FILE prints it")
+        return self
+
+
+class Claim(Frozen):
+    """What a publication says of two arms, to be set beside what is found here in every cell.
+
+    Attributes:
+        arm, control: names of the arms.
+        expected: of `arm` against `control`: `better`, `worse`, or `equal`, which is found where the interval of the
+            difference lies within `effect` of the control's mean.
+        published: the publication's own numbers and what they are of.
+    """
+
+    arm: str
+    control: str
+    expected: Literal["better", "worse", "equal"]
+    published: str
+
+
+class Evaluation(Frozen):
+    """How the arms are compared.
+
+    Attributes:
+        samplers: the cells, each one way to sample.
+        first_base_only: cells, by name, that are sampled from the first of several bases alone, because they are dear.
+        num_samples: images of each cell, arm and replicate.
+        sample_batch_size: images of one network call, part of the protocol.
+        label_law: `equal` or `random` labels of the samples, see LABEL_LAWS.
+        extractors: networks in whose features images are compared.
+        reference: what samples are compared with.
+        primary: the declared cell of the verdict, `<metric>/<sampler><steps>/s<scale>`.
+        effect: the relative difference that is asked about, for the number of pairs needed to see it.
+        recall_margin: how far recall may fall below a control's before an arm cannot be promoted.
+        slow_flow_samples: rollouts of the Slow Flow measurement.
+    """
+
+    samplers: tuple[Sampler, ...] = Field(min_length=1)
+    first_base_only: tuple[str, ...] = ()
+    num_samples: int = Field(default=2000, ge=100, le=10_000_000)
+    sample_batch_size: int = Field(default=250, ge=1, le=100_000)
+    label_law: LabelLaw = "equal"
+    extractors: tuple[ExtractorConfig, ...] = Field(default=(ExtractorConfig("digits"),), min_length=1)
+    reference: Reference = Reference(split="held_out")
+    primary: str
+    effect: float = Field(default=0.05, gt=0, lt=1)
+    recall_margin: float = Field(default=0.02, ge=0, le=1)
+    slow_flow_samples: int = Field(default=500, ge=10, le=1_000_000)
+
+    @model_validator(mode="after")
+    def _declared(self) -> Self:
+        cells = [sampler.name for sampler in self.samplers]
+        if len(set(cells)) < len(cells):
+            raise ValueError(f"samplers must differ from one another, got {cells}; remove the repeated one")
+        metric, _, cell = self.primary.partition("/")
+        if metric not in self.metrics or cell not in cells:
+            hint = "; add the extractor inception" if metric in PUBLISHED.values() else ""
+            raise ValueError(
+                f"primary must be one of the metrics {self.metrics} and one of the cells {cells} joined by '/', "
+                f"got {self.primary!r}{hint}"
+            )
+        unknown = [name for name in self.first_base_only if name not in cells or name == cell]
+        if unknown:
+            raise ValueError(f"first_base_only must name cells, not the primary one, of {cells}, got {unknown[0]!r}")
+        kinds = [extractor.kind for extractor in self.extractors]
+        if len(set(kinds)) < len(kinds):
+            raise ValueError(f"extractors must be of different kinds, got {kinds}; remove the repeated one")
+        if self.reference.npz and kinds != ["inception"] and "digits" in kinds:
+            raise ValueError("extractors must not have digits where reference is an npz of other images; remove it")
+        return self
+
+    @property
+    def metrics(self) -> list[str]:
+        """All that is measured of a cell."""
+        return metrics_of([extractor.kind for extractor in self.extractors])
+
+    def cells_of(self, base: int) -> tuple[Sampler, ...]:
+        """The cells that are sampled from this base's arms."""
+        return tuple(s for s in self.samplers if base == 0 or s.name not in self.first_base_only)
+
+
+class Cluster(Frozen):
+    """What a run asks of Ray.
+
+    Attributes:
+        num_workers: workers of one group, which serves all arms and seeds in turn; at most training.num_shards.
+        cpus_per_worker: CPUs of a worker, and its torch threads.
+        gpus_per_worker: 1 to compute on GPUs, 0 on CPUs.
+        max_failures: restarts of the worker group before the run fails.
+    """
+
+    num_workers: int = Field(default=1, ge=1)
+    cpus_per_worker: float = Field(default=1.0, gt=0)
+    gpus_per_worker: Literal[0, 1] = 0
+    max_failures: int = Field(default=2, ge=0)
