@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mixflow_core.metrics import paired_interval, student_interval
+from mixflow_core.statistics import paired_interval, student_interval
 from orchestration.experiment import Experiment
 from orchestration.workflow import PATHS_OF_CODEC, Workspace
 from workers.evaluate import METRICS
