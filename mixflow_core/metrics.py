@@ -1,9 +1,8 @@
-"""Distances between sets of features, and paired intervals. Everything is computed in float64."""
+"""Distances between sets of features. Everything is computed in float64."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -91,59 +90,3 @@ def _coverage(support: Tensor, points: Tensor, k: int, block: int) -> float:
     )
     inside = [(torch.cdist(rows, support) <= radii).any(1) for rows in points.split(block)]
     return float(torch.cat(inside).double().mean())
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over n pairs with its confidence interval [low, high]; sd is the standard deviation over the pairs."""
-
-    mean: float
-    low: float
-    high: float
-    sd: float
-    n: int
-
-
-def student_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
-    """Student's t interval of the mean of independent values, for instance paired differences between two arms.
-
-    Raises:
-        ValueError: fewer than two values, from which no interval can be computed.
-    """
-    n = len(values)
-    if n < 2:
-        raise ValueError(f"values must number at least 2 for an interval, got {n}; run more replicates")
-    mean = math.fsum(values) / n
-    sd = math.sqrt(math.fsum((value - mean) ** 2 for value in values) / (n - 1))
-    half = student_quantile((1 + confidence) / 2, n - 1) * sd / math.sqrt(n)
-    return Interval(mean, mean - half, mean + half, sd, n)
-
-
-def paired_interval(a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95) -> Interval:
-    """Student's t interval of the mean of a[k] - b[k], where k is the replicate that both share."""
-    return student_interval([x - y for x, y in zip(a, b, strict=True)], confidence=confidence)
-
-
-def student_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t with integer degrees of freedom, probability in [0.5, 1), by bisection."""
-    low, high = 0.0, 1.0
-    while student_cdf(high, degrees) < probability:
-        high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
-        low, high = (middle, high) if student_cdf(middle, degrees) < probability else (low, middle)
-    return (low + high) / 2
-
-
-def student_cdf(t: float, degrees: int) -> float:
-    """Distribution function of Student's t, t >= 0: the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
-    theta = math.atan(t / math.sqrt(degrees))
-    cosine, sine = math.cos(theta), math.sin(theta)
-    odd = degrees % 2
-    term = cosine if odd else 1.0
-    total = term if degrees > 1 else 0.0
-    for i in range(3 if odd else 2, degrees - 1, 2):
-        term *= cosine**2 * (i - 1) / i
-        total += term
-    within = 2 / math.pi * (theta + sine * total) if odd else sine * total
-    return (1 + within) / 2

@@ -1,4 +1,4 @@
-"""Distances and intervals against naive implementations, scipy and simulation."""
+"""Distances against naive implementations, scipy and simulation."""
 
 from __future__ import annotations
 
@@ -7,18 +7,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy import linalg, stats
-from toys import normals, uniforms
+from scipy import linalg
+from toys import normals
 
 from mixflow_core.metrics import (
     Moments,
     frechet_distance,
     kernel_distance,
-    paired_interval,
     precision_recall,
-    student_cdf,
-    student_interval,
-    student_quantile,
 )
 
 
@@ -147,47 +143,3 @@ def test_a_narrow_generator_is_precise_and_recalls_little():
     assert precision > 0.95
     assert recall < 0.3
     assert precision_recall(real, real) == (1.0, 1.0)
-
-
-# Student's t
-
-
-@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 8, 9, 30, 101])
-def test_student_distribution_is_scipys(degrees):
-    for t in (0.0, 0.3, 1.0, 2.5, 12.0):
-        assert student_cdf(t, degrees) == pytest.approx(stats.t.cdf(t, degrees), abs=1e-12)
-    for p in (0.5, 0.6, 0.9, 0.975, 0.995):
-        assert student_quantile(p, degrees) == pytest.approx(stats.t.ppf(p, degrees), rel=1e-9, abs=1e-9)
-
-
-def test_student_interval_is_scipys():
-    values = [0.3, -0.1, 0.25, 0.4, 0.05]
-    for confidence in (0.8, 0.95):
-        interval = student_interval(values, confidence=confidence)
-        expected = stats.t.interval(confidence, 4, loc=np.mean(values), scale=stats.sem(values))
-        assert (interval.low, interval.high) == pytest.approx(expected, rel=1e-9)
-    assert (interval.mean, interval.sd, interval.n) == pytest.approx((np.mean(values), np.std(values, ddof=1), 5))
-
-
-@pytest.mark.parametrize("n", [3, 5, 10])
-def test_the_interval_covers_the_truth_as_often_as_it_says(n):
-    draws = np.random.default_rng(n).normal(0.7, 2.0, (1500, n))
-    intervals = [student_interval(row) for row in draws.tolist()]
-    covered = np.mean([interval.low <= 0.7 <= interval.high for interval in intervals])
-    assert 0.93 < covered < 0.97  # three and a half standard errors either way
-
-
-def test_paired_intervals_are_of_the_differences():
-    a, b = uniforms(1, 6).tolist(), uniforms(2, 6).tolist()
-    test = stats.ttest_rel(a, b).confidence_interval(0.95)
-    interval = paired_interval(a, b)
-    assert (interval.low, interval.high) == pytest.approx((test.low, test.high), rel=1e-9)
-    with pytest.raises(ValueError, match="zip"):
-        paired_interval(a, b[:5])
-
-
-def test_one_value_has_no_interval():
-    with pytest.raises(
-        ValueError, match=r"^values must number at least 2 for an interval, got 1; run more replicates$"
-    ):
-        student_interval([1.0])

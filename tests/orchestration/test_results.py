@@ -11,7 +11,13 @@ from scipy import stats
 
 from orchestration.experiment import Experiment
 from orchestration.recipe import load
-from orchestration.results import format_interval, judge, protocol, read_metrics, summarise
+from orchestration.results import (
+    format_interval,
+    judge,
+    protocol,
+    read_metrics,
+    summarise,
+)
 from orchestration.storage import open_storage
 from orchestration.workflow import Workspace
 from workers.evaluate import METRICS
@@ -89,7 +95,8 @@ def test_recall_may_fall_by_the_margin_and_no_more():
     assert verdict(values(better, recall=[0.5] * 4), control, margin=0.124).verdict == "reject"
     # One control is enough to be measured against, and a better recall is no harm.
     kind = values(5 - NOISE, recall=[0.1] * 4)
-    assert verdict(values(better, recall=[0.5] * 4), kind, control, margin=0.124).verdict == "reject"
+    for both in ((kind, control), (control, kind)):
+        assert verdict(values(better, recall=[0.5] * 4), *both, margin=0.124).verdict == "reject"
     assert verdict(values(better, recall=[0.5] * 4), kind, margin=0.0).verdict == "promote"
 
 
@@ -98,14 +105,45 @@ def test_recall_alone_rejects_nothing_that_is_inconclusive():
     assert found.verdict == "inconclusive"
 
 
-@pytest.mark.parametrize("metric", METRICS)
-def test_the_better_side_of_each_metric(metric):
-    lower = metric in ("fd_digits", "kid_digits", "fd_pixels")
-    low = {"recall": {CELL: [0.5] * 4}, metric: {CELL: list(0.3 + NOISE / 100)}}
-    high = {"recall": {CELL: [0.5] * 4}, metric: {CELL: list(0.6 - NOISE / 100)}}
+@pytest.mark.parametrize(
+    ("metric", "recall", "lower"),
+    [
+        ("fd_digits", "recall", True),
+        ("kid_digits", "recall_digits", True),
+        ("fid", "recall", True),
+        ("fd_patches", "recall_digits", True),
+        ("inception_score", "recall", False),
+        ("precision_digits", "recall_digits", False),
+    ],
+)
+def test_the_better_side_of_each_metric(metric, recall, lower):
+    low = {recall: {CELL: [0.5] * 4}, metric: {CELL: list(0.3 + NOISE / 100)}}
+    high = {recall: {CELL: [0.5] * 4}, metric: {CELL: list(0.6 - NOISE / 100)}}
     primary = f"{metric}/{CELL}"
     assert verdict(low, high, primary=primary, margin=1).verdict == ("promote" if lower else "reject")
     assert verdict(high, low, primary=primary, margin=1).verdict == ("reject" if lower else "promote")
+
+
+def test_the_recall_of_the_primary_metrics_features_counts():
+    """Recall in other features may fall as it likes; the reason names the one that counts."""
+    arm, control = values(3 + NOISE, recall=[0.9] * 4), values(5 - NOISE, recall=[0.1] * 4)
+    arm["recall_digits"], control["recall_digits"] = {CELL: [0.25] * 4}, {CELL: [0.5] * 4}
+    found = verdict(arm, control)
+    assert found.verdict == "reject"
+    assert found.reasons[0].endswith("], recall_digits -0.250")
+    assert verdict(control | {"fd_digits": arm["fd_digits"]}, arm | {"fd_digits": control["fd_digits"]}).verdict == (
+        "promote"
+    )
+
+
+def test_no_verdict_without_the_primary_metric_or_its_recall():
+    with pytest.raises(ValueError, match=r"that was measured, \['fd_digits', 'recall'\], got fid$"):
+        verdict(values(3 + NOISE), values(5 - NOISE), primary=f"fid/{CELL}")
+    arm = {"fid": {CELL: [1.0] * 4}, "recall_digits": {CELL: [0.5] * 4}}
+    with pytest.raises(
+        ValueError, match=r"with recall beside it, got fid beside \['recall_digits'\]; measure that too"
+    ):
+        verdict(arm, arm, primary=f"fid/{CELL}")
 
 
 def test_without_a_control_nothing_is_claimed():
@@ -146,7 +184,7 @@ ARM_LEVELS = {"none": 9.0, "standard": 6.0, "mixflow": 3.0, "matched": 5.0}
 
 def metric_value(arm: str, replicate: int, cell: str, metric: str) -> float:
     """Made up, and different for each argument."""
-    if metric == "recall":
+    if metric.startswith("recall"):
         return 0.5 + 0.001 * replicate
     slope = 1 + 0.1 * [*ARM_LEVELS, arm].index(arm)
     return ARM_LEVELS.get(arm, 9.0) + slope * NOISE[replicate] / 2 + 20 * CELLS.index(cell) + 50 * METRICS.index(metric)
@@ -237,13 +275,15 @@ def test_every_difference_is_scipys_paired_one(summary):
     assert set(summary["arms"]["mixflow"]["differences"]) == {"standard", "matched"}
     for control, by_cell in summary["arms"]["mixflow"]["differences"].items():
         for cell in CELLS:
-            for metric in set(METRICS) - {"recall"}:  # recalls are equal: no spread, for which scipy has no interval
+            for metric in METRICS:
+                if metric.startswith("recall"):  # equal in all arms: no spread, for which scipy has no interval
+                    assert [by_cell[cell][metric][key] for key in ("mean", "low", "high")] == [0, 0, 0]
+                    continue
                 a, b = of("mixflow", cell, metric), of(control, cell, metric)
                 interval = stats.ttest_rel(a, b).confidence_interval(0.95)
                 found = by_cell[cell][metric]
                 assert found["mean"] == pytest.approx(np.mean(a) - np.mean(b))
                 assert (found["low"], found["high"]) == pytest.approx((interval.low, interval.high))
-            assert [by_cell[cell]["recall"][key] for key in ("mean", "low", "high")] == [0, 0, 0]
 
 
 def test_the_summary_is_plain_json_and_complete(summary, fabricated):
@@ -262,6 +302,24 @@ def test_the_summary_is_plain_json_and_complete(summary, fabricated):
     assert summary["arms"]["matched"]["mixture"]["condition_on"] == "m"
     assert summary["arms"]["mixflow"]["seeds"] == [0, 1, 2, 3]
     assert "by no more than 0.02 below" in summary["rule"]
+
+
+def test_a_difference_is_called_by_where_its_interval_lies(summary):
+    by_cell = summary["arms"]["matched"]["differences"]["standard"]
+    calls = {metric: by_cell["euler20/s1"][metric]["call"] for metric in METRICS}
+    expected = {"precision": "worse", "recall": "inconclusive"}  # lower by 1 in all else
+    assert calls == {metric: expected.get(metric.split("_")[0], "better") for metric in METRICS}
+
+
+def test_files_of_values_alone_are_read(summary):
+    """Where neither resamples nor smaller sets were measured and no effect is asked for, that is said."""
+    assert summary["effect"] is None
+    for arm in summary["arms"].values():
+        for cell in CELLS:
+            assert all(arm["metrics"][cell][metric]["within_sd"] is None for metric in METRICS)
+            assert arm["by_count"][cell] == {metric: [] for metric in METRICS}
+            found = [by_cell[cell][metric] for by_cell in arm["differences"].values() for metric in METRICS]
+            assert all(difference["pairs_needed"] is None for difference in found)
 
 
 def test_a_number_carries_its_protocol(summary, fabricated):

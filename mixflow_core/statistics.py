@@ -1,0 +1,215 @@
+"""Intervals and variation of what was measured with several seeds, and how many seeds an effect asks for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+MOST_PAIRS = 1000  # as many replicates as an experiment may have
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over n independent values with its confidence interval [low, high]; sd is their standard deviation."""
+
+    mean: float
+    low: float
+    high: float
+    sd: float
+    n: int
+
+
+@dataclass(frozen=True)
+class VarianceParts:
+    """The two variances, in squared units of the values, that make up that of one value: between + within."""
+
+    between: float
+    within: float
+
+
+def student_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+    """Student's t interval of the mean of independent values, for instance paired differences between two arms.
+
+    Raises:
+        ValueError: fewer than two values, from which no interval can be computed.
+    """
+    n = len(values)
+    if n < 2:
+        raise ValueError(f"values must number at least 2 for an interval, got {n}; run more replicates")
+    mean = _mean(values)
+    sd = math.sqrt(_squares(values) / (n - 1))
+    half = student_quantile((1 + confidence) / 2, n - 1) * sd / math.sqrt(n)
+    return Interval(mean, mean - half, mean + half, sd, n)
+
+
+def paired_interval(a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95) -> Interval:
+    """Student's t interval of the mean of a[k] - b[k], where k is the replicate that both share."""
+    return student_interval([x - y for x, y in zip(a, b, strict=True)], confidence=confidence)
+
+
+def nested_interval(values: Sequence[Sequence[float]], *, confidence: float = 0.95) -> Interval:
+    """Student's t interval of paired differences, `values[b][k]` that of base b and training seed k.
+
+    Seeds of one base share the base's luck, so with several bases the independent values are the bases' means, each
+    counted once however many seeds it has; `n` is their number. With one base they are its seeds, and the interval
+    speaks of that base alone.
+
+    Raises:
+        ValueError: no base, a base without seeds, or one base with one seed.
+    """
+    _require_seeds(values, at_least=1)
+    return student_interval(
+        values[0] if len(values) == 1 else [_mean(seeds) for seeds in values], confidence=confidence
+    )
+
+
+def variance_parts(values: Sequence[Sequence[float]]) -> VarianceParts:
+    """Variance between bases and between seeds within a base: unbiased estimates of one-way analysis of variance.
+
+    `values[b][k]` is the value of base b and seed k; bases may differ in their number of seeds. The estimate of
+    `between` is a difference of two mean squares, is unbiased only if it may be negative, and is returned as it comes
+    out: below 0 means that no variation between bases was seen beyond what that within them makes.
+
+    Raises:
+        ValueError: fewer than two bases, a base without seeds, or only bases with one seed.
+    """
+    _require_seeds(values, at_least=2)
+    bases, total = len(values), sum(map(len, values))
+    if total == bases:
+        raise ValueError("values must have two seeds in one base or more, got one in each; run more replicates")
+    mean = _mean([value for seeds in values for value in seeds])
+    within = math.fsum(map(_squares, values)) / (total - bases)
+    between = math.fsum(len(seeds) * (_mean(seeds) - mean) ** 2 for seeds in values) / (bases - 1)
+    # What a base's variance is multiplied by in the mean square between bases: the number of seeds if all have as many.
+    seeds_each = (total - sum(len(seeds) ** 2 for seeds in values) / total) / (bases - 1)
+    return VarianceParts((between - within) / seeds_each, within)
+
+
+def bootstrap_sd(
+    statistic: Callable[[Tensor], float], count: int, *, resamples: int, numbers: torch.Generator
+) -> float:
+    """Bootstrap standard deviation (Efron 1979) of a statistic of `count` rows: its sampling variation within one seed.
+
+    Args:
+        statistic: gets indices of rows (count,) int64, drawn with replacement. Rows come repeatedly, which moves the
+            values of statistics that compare rows with one another; only their spread is used here.
+        count: number of rows.
+        resamples: at least 2; the result's own relative error is about 1 / sqrt(2 resamples).
+        numbers: draws the rows.
+
+    Raises:
+        ValueError: resamples or count is too small.
+    """
+    if resamples < 2:
+        raise ValueError(f"resamples must be at least 2, got {resamples}")
+    if count < 1:
+        raise ValueError(f"count must be at least 1, got {count}")
+    draws = (torch.randint(count, (count,), generator=numbers, device=numbers.device) for _ in range(resamples))
+    return math.sqrt(_squares([statistic(rows) for rows in draws]) / (resamples - 1))
+
+
+def pairs_needed(sd: float, effect: float, *, confidence: float = 0.95, power: float = 0.8) -> int | None:
+    """The smallest number of pairs with which a two-sided paired t test sees a true mean difference with that power.
+
+    Args:
+        sd: standard deviation of one pair's difference. Estimated from few pairs it is itself uncertain (from 3 pairs,
+            the upper 97.5 % bound is 6 times the estimate), and the number grows with its square.
+        effect: the true mean difference in the units of `sd`, above 0.
+        confidence: of the interval that has to leave out zero.
+        power: the probability that it does.
+
+    Returns:
+        At least 2; None where more than MOST_PAIRS are needed.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+    if not 0 < power < 1:
+        raise ValueError(f"power must lie in (0, 1), got {power}")
+    if paired_power(MOST_PAIRS, sd, effect, confidence=confidence) < power:
+        return None
+    low, high = 1, MOST_PAIRS  # power grows with the number of pairs
+    while high - low > 1:
+        middle = (low + high) // 2
+        enough = paired_power(middle, sd, effect, confidence=confidence) >= power
+        low, high = (low, middle) if enough else (middle, high)
+    return high
+
+
+def paired_power(n: int, sd: float, effect: float, *, confidence: float = 0.95) -> float:
+    """Probability that the t interval of n pairs leaves out zero when the true mean difference is `effect`.
+
+    The test statistic has the noncentral t distribution, (z + effect sqrt(n) / sd) / s with z normal and s^2 a
+    chi-squared variable over its degrees of freedom: given s, a normal probability, which is averaged over s.
+
+    Raises:
+        ValueError: an argument is outside its range.
+    """
+    if n < 2:
+        raise ValueError(f"n must be at least 2, got {n}")
+    if not 0 <= sd < math.inf:
+        raise ValueError(f"sd must be at least 0 and finite, got {sd}")
+    if not 0 < effect < math.inf:
+        raise ValueError(f"effect must be greater than 0 and finite, got {effect}")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie in (0, 1), got {confidence}")
+    if sd == 0:
+        return 1.0
+    degrees = n - 1
+    shift, critical = effect * math.sqrt(n) / sd, student_quantile((1 + confidence) / 2, degrees)
+    # In v = log s the density exp(degrees (v - (e^2v - 1) / 2)) is analytic and falls below e^-40 at both ends, where
+    # equal steps converge faster than any power of the step; divided by its sum it needs no constant.
+    reach = 40 / degrees
+    v = torch.linspace(-reach - math.sqrt(reach), math.sqrt(reach), 2001, dtype=torch.float64)
+    density = (degrees * (v - torch.expm1(2 * v) / 2)).softmax(0)
+    beyond = torch.special.ndtr(shift - critical * v.exp()) + torch.special.ndtr(-shift - critical * v.exp())
+    return float(density @ beyond)
+
+
+@lru_cache(maxsize=4096)
+def student_quantile(probability: float, degrees: int) -> float:
+    """Quantile of Student's t with integer degrees of freedom, probability in [0.5, 1), by bisection."""
+    low, high = 0.0, 1.0
+    while student_cdf(high, degrees) < probability:
+        high *= 2
+    for _ in range(200):
+        middle = (low + high) / 2
+        low, high = (middle, high) if student_cdf(middle, degrees) < probability else (low, middle)
+    return (low + high) / 2
+
+
+def student_cdf(t: float, degrees: int) -> float:
+    """Distribution function of Student's t, t >= 0: the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
+    theta = math.atan(t / math.sqrt(degrees))
+    cosine, sine = math.cos(theta), math.sin(theta)
+    odd = degrees % 2
+    term = cosine if odd else 1.0
+    total = term if degrees > 1 else 0.0
+    for i in range(3 if odd else 2, degrees - 1, 2):
+        term *= cosine**2 * (i - 1) / i
+        total += term
+    within = 2 / math.pi * (theta + sine * total) if odd else sine * total
+    return (1 + within) / 2
+
+
+def _require_seeds(values: Sequence[Sequence[float]], *, at_least: int) -> None:
+    if len(values) < at_least:
+        raise ValueError(f"values must be of {at_least} or more bases, got {len(values)}; add bases")
+    for base, seeds in enumerate(values):
+        if not seeds:
+            raise ValueError(f"values must have seeds in every base, got none in base {base}; leave it out")
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _squares(values: Sequence[float]) -> float:
+    """Sum of squared deviations from the mean."""
+    mean = _mean(values)
+    return math.fsum((value - mean) ** 2 for value in values)

@@ -1,0 +1,278 @@
+"""Intervals, variance parts, bootstrap and power against scipy, hand-computed figures and simulation."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+from toys import normals, uniforms
+
+from mixflow_core.statistics import (
+    bootstrap_sd,
+    nested_interval,
+    paired_interval,
+    paired_power,
+    pairs_needed,
+    student_cdf,
+    student_interval,
+    student_quantile,
+    variance_parts,
+)
+
+# Student's t
+
+
+@pytest.mark.parametrize("degrees", [1, 2, 3, 4, 5, 8, 9, 30, 101])
+def test_student_distribution_is_scipys(degrees):
+    for t in (0.0, 0.3, 1.0, 2.5, 12.0):
+        assert student_cdf(t, degrees) == pytest.approx(stats.t.cdf(t, degrees), abs=1e-12)
+    for p in (0.5, 0.6, 0.9, 0.975, 0.995):
+        assert student_quantile(p, degrees) == pytest.approx(stats.t.ppf(p, degrees), rel=1e-9, abs=1e-9)
+
+
+def test_student_interval_is_scipys():
+    values = [0.3, -0.1, 0.25, 0.4, 0.05]
+    for confidence in (0.8, 0.95):
+        interval = student_interval(values, confidence=confidence)
+        expected = stats.t.interval(confidence, 4, loc=np.mean(values), scale=stats.sem(values))
+        assert (interval.low, interval.high) == pytest.approx(expected, rel=1e-9)
+    assert (interval.mean, interval.sd, interval.n) == pytest.approx((np.mean(values), np.std(values, ddof=1), 5))
+
+
+def coverage(intervals, truth):
+    return np.mean([interval.low <= truth <= interval.high for interval in intervals])
+
+
+@pytest.mark.parametrize("n", [3, 5, 10])
+def test_the_interval_covers_the_truth_as_often_as_it_says(n):
+    draws = np.random.default_rng(n).normal(0.7, 2.0, (20_000, n))  # Monte-Carlo error 0.15 %
+    intervals = [student_interval(row) for row in draws.tolist()]
+    assert 0.945 < coverage(intervals, 0.7) < 0.955
+    # With the normal quantile instead it would be off by more than that.
+    half = 1.96 * draws.std(1, ddof=1) / math.sqrt(n)
+    assert np.mean(abs(draws.mean(1) - 0.7) <= half) < 0.925
+
+
+def test_paired_intervals_are_of_the_differences():
+    a, b = uniforms(1, 6).tolist(), uniforms(2, 6).tolist()
+    test = stats.ttest_rel(a, b).confidence_interval(0.95)
+    interval = paired_interval(a, b)
+    assert (interval.low, interval.high) == pytest.approx((test.low, test.high), rel=1e-9)
+    with pytest.raises(ValueError, match="zip"):
+        paired_interval(a, b[:5])
+
+
+def test_pairing_takes_out_the_noise_that_both_share():
+    """Shared sd 1, own sd 0.1: both intervals cover the truth, the unpaired one is about ten times wider."""
+    numbers = np.random.default_rng(0)
+    shared = numbers.normal(0, 1, (2000, 5))
+    a, b = (mean + shared + numbers.normal(0, 0.1, shared.shape) for mean in (0.3, 0.5))
+    paired = [paired_interval(x, y) for x, y in zip(a.tolist(), b.tolist(), strict=True)]
+    unpaired = stats.ttest_ind(a, b, axis=1, equal_var=False).confidence_interval(0.95)
+    widths, others = np.array([i.high - i.low for i in paired]), unpaired.high - unpaired.low
+    assert (widths < others).mean() > 0.99
+    assert 6 < np.median(others / widths) < 12
+    assert 0.94 < coverage(paired, -0.2) < 0.96
+    assert np.mean([i.high < 0 for i in paired]) > 0.6  # sees the difference,
+    assert np.mean(unpaired.high < 0) < 0.05  # which is lost without pairing
+
+
+def test_one_value_has_no_interval():
+    with pytest.raises(
+        ValueError, match=r"^values must number at least 2 for an interval, got 1; run more replicates$"
+    ):
+        student_interval([1.0])
+
+
+# Several bases
+
+
+def test_with_several_bases_the_interval_is_over_their_means():
+    values = [[1.0, 2.0, 6.0], [0.0, 1.0], [5.0]]  # means 3, 0.5, 5
+    expected = stats.ttest_1samp([3.0, 0.5, 5.0], 0).confidence_interval(0.9)
+    interval = nested_interval(values, confidence=0.9)
+    assert (interval.low, interval.high) == pytest.approx((expected.low, expected.high), rel=1e-9)
+    assert (interval.mean, interval.n) == (pytest.approx(8.5 / 3), 3)
+    assert interval.sd == pytest.approx(np.std([3, 0.5, 5], ddof=1))
+
+
+def test_with_one_base_the_interval_is_over_its_seeds():
+    a, b = uniforms(1, 6).tolist(), uniforms(2, 6).tolist()
+    assert nested_interval([[x - y for x, y in zip(a, b, strict=True)]]) == paired_interval(a, b)
+
+
+def test_seeds_of_one_base_are_no_independent_witnesses():
+    """Base sd 1, seed sd 0.3, 4 bases of 5 seeds: over the bases the truth is covered, over all pairs it is not."""
+    numbers = np.random.default_rng(7)
+    draws = 0.2 + numbers.normal(0, 1, (10_000, 4, 1)) + numbers.normal(0, 0.3, (10_000, 4, 5))
+    nested = [nested_interval(rows) for rows in draws.tolist()]
+    assert 0.943 < coverage(nested, 0.2) < 0.957
+    pooled = [student_interval(rows) for rows in draws.reshape(10_000, 20).tolist()]
+    assert coverage(pooled, 0.2) < 0.75
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([], r"^values must be of 1 or more bases, got 0; add bases$"),
+        ([[1.0, 2.0], []], r"^values must have seeds in every base, got none in base 1; leave it out$"),
+        ([[1.0]], r"^values must number at least 2 for an interval, got 1; run more replicates$"),
+    ],
+)
+def test_no_interval_without_seeds(values, message):
+    with pytest.raises(ValueError, match=message):
+        nested_interval(values)
+
+
+def test_variance_parts_are_those_computed_by_hand():
+    # Means 2, 6 and 7 about 5; squares within 2 + 2 + 2 over 3 degrees; between 2 (9 + 1 + 4) over 2.
+    parts = variance_parts([[1.0, 3.0], [5.0, 7.0], [6.0, 8.0]])
+    assert (parts.within, parts.between) == (pytest.approx(2), pytest.approx((14 - 2) / 2))
+    # Of 3 and 1 seeds: means 2 and 6 about 3; within 8 over 2 degrees; between 3 + 9 over 1; seeds each 4 - 10 / 4.
+    parts = variance_parts([[0.0, 2.0, 4.0], [6.0]])
+    assert (parts.within, parts.between) == (pytest.approx(4), pytest.approx((12 - 4) / 1.5))
+    f = stats.f_oneway([1.0, 3.0], [5.0, 7.0], [6.0, 8.0]).statistic
+    assert f == pytest.approx(14 / 2)
+
+
+@pytest.mark.parametrize("seeds", [(3, 3, 3, 3), (1, 2, 5, 4)])
+def test_variance_parts_are_unbiased(seeds):
+    numbers = np.random.default_rng(3)
+    found = []
+    for _ in range(4000):
+        bases = numbers.normal(5, 0.5, len(seeds))
+        found.append(
+            variance_parts([numbers.normal(base, 1.0, k).tolist() for base, k in zip(bases, seeds, strict=True)])
+        )
+    for part, truth in (("between", 0.25), ("within", 1.0)):
+        values = np.array([getattr(parts, part) for parts in found])
+        assert abs(values.mean() - truth) < 3.5 * values.std() / math.sqrt(len(values))
+    assert min(parts.between for parts in found) < 0  # clamped, it would not be unbiased
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([[1.0, 2.0]], r"^values must be of 2 or more bases, got 1; add bases$"),
+        ([[1.0], [2.0]], r"^values must have two seeds in one base or more, got one in each; run more replicates$"),
+    ],
+)
+def test_variance_parts_ask_for_both_kinds(values, message):
+    with pytest.raises(ValueError, match=message):
+        variance_parts(values)
+
+
+# Bootstrap
+
+
+def bootstrap(statistic, count, resamples=4000, seed=0):
+    return bootstrap_sd(statistic, count, resamples=resamples, numbers=torch.Generator().manual_seed(seed))
+
+
+def test_the_bootstrap_sd_of_a_mean_is_its_closed_form():
+    x = normals(1, 50) * 3 + 100
+    expected = x.std(correction=0).item() / math.sqrt(50)
+    assert bootstrap(lambda rows: float(x[rows].mean()), 50) == pytest.approx(expected, rel=0.05)
+
+
+def test_the_bootstrap_sd_of_a_median_is_scipys():
+    x = normals(2, 41)
+    scipys = stats.bootstrap(
+        (x.numpy(),), np.median, n_resamples=4000, method="basic", rng=np.random.default_rng(0)
+    ).standard_error
+    assert bootstrap(lambda rows: float(x[rows].median()), 41) == pytest.approx(scipys, rel=0.06)
+
+
+def test_the_bootstrap_draws_rows_with_replacement_from_the_generator_it_is_given():
+    drawn = []
+
+    def statistic(rows):
+        drawn.append(rows)
+        return float(len(rows))
+
+    assert bootstrap(statistic, 20, resamples=500) == 0.0
+    assert {(rows.dtype, tuple(rows.shape)) for rows in drawn} == {(torch.int64, (20,))}
+    counts = torch.cat(drawn).bincount(minlength=20)
+    assert len(counts) == 20
+    assert stats.chisquare(counts.numpy()).pvalue > 1e-3
+    # Of 20 draws from 20 rows 20 (1 - (19/20)^20) = 12.83 are expected to differ.
+    assert np.mean([len(rows.unique()) for rows in drawn]) == pytest.approx(12.83, abs=0.3)
+    x = normals(3, 20)
+    same, again, other = (bootstrap(lambda rows: float(x[rows].mean()), 20, 50, seed) for seed in (1, 1, 2))
+    assert same == again != other
+
+
+def test_a_bootstrap_of_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"^resamples must be at least 2, got 1$"):
+        bootstrap(float, 5, resamples=1)
+    with pytest.raises(ValueError, match=r"^count must be at least 1, got 0$"):
+        bootstrap(float, 0)
+
+
+# Power
+
+
+def scipys_power(n, sd, effect, confidence=0.95):
+    law = stats.nct(n - 1, effect * math.sqrt(n) / sd)
+    critical = stats.t.ppf((1 + confidence) / 2, n - 1)
+    # scipy answers nan where the wrong tail is below its precision.
+    return law.sf(critical) + np.nan_to_num(law.cdf(-critical))
+
+
+@pytest.mark.parametrize("confidence", [0.5, 0.95, 0.999])
+@pytest.mark.parametrize("n", [2, 3, 4, 7, 30, 200, 1000])
+def test_power_is_that_of_scipys_noncentral_t(n, confidence):
+    for noncentrality in (0.01, 0.5, 2.0, 4.0, 9.0):
+        effect = noncentrality * 3 / math.sqrt(n)
+        expected = scipys_power(n, 3, effect, confidence)
+        assert paired_power(n, 3, effect, confidence=confidence) == pytest.approx(expected, abs=1e-9)
+
+
+def test_power_is_how_often_the_interval_leaves_out_zero():
+    draws = np.random.default_rng(5).normal(0.8, 1.0, (20_000, 6))
+    seen = np.mean([not i.low <= 0 <= i.high for i in map(student_interval, draws.tolist())])
+    assert paired_power(6, 1.0, 0.8) == pytest.approx(seen, abs=0.012)
+
+
+def test_pairs_needed_are_the_tabulated_ones():
+    # Standardised effects 0.2, 0.5 and 0.8 at 5 % and power 0.8, as power tables for paired t tests have them.
+    assert [pairs_needed(1.0, effect) for effect in (0.2, 0.5, 0.8)] == [199, 34, 15]
+
+
+@pytest.mark.parametrize(("confidence", "power"), [(0.95, 0.8), (0.95, 0.5), (0.99, 0.95), (0.8, 0.9)])
+def test_pairs_needed_are_the_fewest_by_scipy(confidence, power):
+    for ratio in (0.15, 0.4, 1.0, 1.7, 3.0, 8.0, 40.0):
+        enough = (n for n in range(2, 1001) if scipys_power(n, 2.0, ratio * 2.0, confidence) >= power)
+        assert pairs_needed(2.0, ratio * 2.0, confidence=confidence, power=power) == next(enough, None)
+
+
+def test_the_ends_of_the_number_of_pairs():
+    assert pairs_needed(0.0, 1e-6) == 2
+    assert pairs_needed(1.0, 1e9) == 2
+    at_most = next(r for r in np.linspace(0.08, 0.1, 400) if scipys_power(1000, 1, r) >= 0.8)
+    assert pairs_needed(1.0, at_most) == 1000
+    assert pairs_needed(1.0, at_most - 1e-4) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"sd": -1.0}, "sd must be at least 0 and finite, got -1.0"),
+        ({"sd": math.nan}, "sd must be at least 0 and finite, got nan"),
+        ({"effect": 0.0}, "effect must be greater than 0 and finite, got 0.0"),
+        ({"effect": -0.1}, "effect must be greater than 0 and finite, got -0.1"),
+        ({"confidence": 1.0}, r"confidence must lie in \(0, 1\), got 1.0"),
+        ({"power": 1.0}, r"power must lie in \(0, 1\), got 1.0"),
+    ],
+)
+def test_impossible_questions_are_refused(arguments, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        pairs_needed(**{"sd": 1.0, "effect": 0.5, **arguments})
+
+
+def test_one_pair_has_no_power():
+    with pytest.raises(ValueError, match=r"^n must be at least 2, got 1$"):
+        paired_power(1, 1.0, 1.0)
