@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Literal
 
@@ -55,7 +55,7 @@ def call(metric: str, interval: Interval) -> Call:
 def difference(
     metric: str, arm: Sequence[Sequence[float]], control: Sequence[Sequence[float]], *, effect: float | None = None
 ) -> dict[str, Any]:
-    """An arm minus its control in one cell, as plain JSON.
+    """An arm minus its control in one cell, as plain JSON. A single pair has no interval: `low`, `high`, `sd` are None.
 
     Args:
         metric: decides which side of zero is better.
@@ -69,10 +69,43 @@ def difference(
         for, where it is 0 because the control's mean is, and where it takes more than the most replicates there may be.
     """
     pairs = [[x - y for x, y in zip(a, c, strict=True)] for a, c in zip(arm, control, strict=True)]
+    if sum(map(len, pairs)) == 1:
+        return {**spread(pairs), "call": "inconclusive", "pairs_needed": None}
     interval = nested_interval(pairs)
     size = (effect or 0) * abs(_mean([_mean(seeds) for seeds in control]))
     needed = pairs_needed(interval.sd, size) if size else None
     return {**asdict(interval), "call": call(metric, interval), "pairs_needed": needed}
+
+
+def spread(values: Sequence[Sequence[float]]) -> dict[str, Any]:
+    """The Interval of values by base and seed as plain JSON, without bounds where there is a single one."""
+    if sum(map(len, values)) == 1:
+        return {"mean": values[0][0], "low": None, "high": None, "sd": None, "n": 1}
+    return asdict(nested_interval(values))
+
+
+Agreement = Literal["agrees", "disagrees", "inconclusive"]
+
+
+def agreement(expected: str, found: Mapping[str, Any], bound: float) -> Agreement:
+    """What a difference says of a publication's claim.
+
+    Args:
+        expected: `better` or `worse`, which the difference's call confirms or contradicts; or `equal`, which is
+            confirmed where its interval lies within +-bound, and contradicted where it lies outside: not to be told
+            apart is no evidence of being equal.
+        found: of `difference`.
+        bound: of `equal`, in the metric's units.
+    """
+    if found["low"] is None:
+        return "inconclusive"
+    if expected == "equal":
+        if -bound <= found["low"] and found["high"] <= bound:
+            return "agrees"
+        return "disagrees" if found["low"] > bound or found["high"] < -bound else "inconclusive"
+    if found["call"] == "inconclusive":
+        return "inconclusive"
+    return "agrees" if found["call"] == expected else "disagrees"
 
 
 def _mean(values: Sequence[float]) -> float:

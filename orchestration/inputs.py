@@ -169,7 +169,7 @@ def _check_split(experiment: Experiment, name: images.Split, facts: Mapping[str,
         )
     if codec is None and facts["dtype"] != "uint8":
         raise ValueError(f"data must be uint8 pixels, got {facts['dtype']} in {name}; the metrics read pixels")
-    if codec is not None and facts["image_size"] is None:
+    if codec is not None and facts["image_size"] is None and name in _splits_seen(experiment):
         raise ValueError(
             f"data must keep the pixels of {name}, which the metrics read; set data.images.keep_pixels: all"
         )
@@ -179,10 +179,17 @@ def _check_split(experiment: Experiment, name: images.Split, facts: Mapping[str,
         raise ValueError(
             f"data must hold training images of every class, got none of class {facts['absent_class']}; add some"
         )
-    if name == "held_out" and facts["num_images"] < LEAST_HELD_OUT:
+    if name == "held_out" and facts["num_images"] < LEAST_HELD_OUT and name in _splits_seen(experiment):
         raise ValueError(
             f"data must hold out at least {LEAST_HELD_OUT} images to compare with, got {facts['num_images']}; add some"
         )
+
+
+def _splits_seen(experiment: Experiment) -> set[str]:
+    """The splits whose pixels are looked at, by the classifier or as the reference."""
+    evaluation = experiment.evaluation
+    by_classifier = images.SPLITS if any(e.kind == "digits" for e in evaluation.extractors) else ()
+    return {*by_classifier, *([evaluation.reference.split] if evaluation.reference.split else [])}
 
 
 def _refuse_codec(found: Mapping[str, Any] | None, wanted: Mapping[str, Any] | None) -> None:

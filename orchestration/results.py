@@ -7,11 +7,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mixflow_core.statistics import student_interval
-from orchestration.comparison import difference, recall_beside
+from orchestration.comparison import agreement, difference, recall_beside, spread
 from orchestration.experiment import Experiment
+from orchestration.sections import Claim
 from orchestration.workflow import PATHS_OF_CODEC, Workspace
+from workers.evaluate import BATCH
 from workers.manifest import canonical_hash
+from workers.sample import LABEL_LAWS
 
 # One metrics.json: cell -> metric -> value, and beside the metrics, where they were measured,
 # within: metric -> sd over resamples of the images, and by_count: metric -> number of images -> value.
@@ -50,14 +52,21 @@ def read_replicates(workspace: Workspace) -> dict[str, list[Replicate]]:
     experiment = workspace.experiment
     found: dict[str, list[Replicate]] = {}
     for arm in experiment.arms:
-        artifacts = [workspace.result(f"metrics/{arm}/{k}") for k in range(experiment.replicates)]
+        artifacts = [workspace.result(f"metrics/{arm}/{pair}") for pair in range(experiment.num_pairs)]
         found[arm] = [json.loads(artifact.read("metrics.json")) for artifact in artifacts]
     _check_alike(found)
     return found
 
 
-def judge(arm: str, controls: list[str], values: Mapping[str, Values], primary: str, recall_margin: float) -> Verdict:
-    """The rule, applied to one arm.
+def judge(
+    arm: str,
+    controls: list[str],
+    values: Mapping[str, Values],
+    primary: str,
+    recall_margin: float,
+    seeds: int | None = None,
+) -> Verdict:
+    """The rule, applied to one arm; `seeds` a base, None where there is one base.
 
     Raises:
         ValueError: the primary metric, or a recall beside it, was not measured.
@@ -67,7 +76,8 @@ def judge(arm: str, controls: list[str], values: Mapping[str, Values], primary: 
     calls, reasons, recall_falls = [], [], False
     words = {"better": "better than", "worse": "worse than", "inconclusive": "not told apart from"}
     for control in controls:
-        d = difference(metric, [values[arm][metric][cell]], [values[control][metric][cell]])
+        both = (by_base(values[name][metric][cell], seeds) for name in (arm, control))
+        d = difference(metric, *both)
         calls.append(d["call"])
         change = _mean(values[arm][recall][cell]) - _mean(values[control][recall][cell])
         recall_falls = recall_falls or -change > recall_margin
@@ -84,18 +94,22 @@ def summarise(workspace: Workspace) -> dict[str, Any]:
     experiment, evaluation = workspace.experiment, workspace.experiment.evaluation
     replicates = read_replicates(workspace)
     values = {arm: _values(found) for arm, found in replicates.items()}
-    effect = getattr(evaluation, "effect", None)
+    effect, seeds = evaluation.effect, experiment.replicates
     arms = {}
     for arm in experiment.arms:
         controls = experiment.controls_of(arm)
-        verdict = judge(arm, controls, values, evaluation.primary, evaluation.recall_margin)
+        verdict = Verdict("not judged", ())
+        if experiment.arms[arm].judged:
+            verdict = judge(arm, controls, values, evaluation.primary, evaluation.recall_margin, seeds)
         arms[arm] = {
-            "seeds": list(range(experiment.replicates)),
+            "seeds": list(range(experiment.num_pairs)),
+            "corrective": _changed(experiment.arms[arm].corrective),
+            "sampling": _changed(experiment.arms[arm].sampling),
             "mixture": asdict(experiment.mixture_of(arm)) if experiment.arms[arm].train else None,
             "metrics": _each(
                 values[arm],
                 lambda m, c, v, r=replicates[arm]: {
-                    **asdict(student_interval(v)),
+                    **spread(by_base(v, seeds)),
                     "values": v,
                     "within_sd": _within_sd(r, c, m),
                 },
@@ -103,7 +117,10 @@ def summarise(workspace: Workspace) -> dict[str, Any]:
             "by_count": _each(values[arm], lambda m, c, v, r=replicates[arm]: _by_count(r, c, m)),
             "differences": {
                 control: _each(
-                    values[arm], lambda m, c, v, o=values[control]: difference(m, [v], [o[m][c]], effect=effect)
+                    values[arm],
+                    lambda m, c, v, o=values[control]: difference(
+                        m, by_base(v, seeds), by_base(o[m][c], seeds), effect=effect
+                    ),
                 )
                 for control in controls
             },
@@ -115,36 +132,70 @@ def summarise(workspace: Workspace) -> dict[str, Any]:
         "primary": evaluation.primary,
         "effect": effect,
         "rule": RULE.format(margin=evaluation.recall_margin),
+        "bases": experiment.bases,
         "arms": arms,
+        "claims": [_claim(claim, values, evaluation.primary, effect, seeds) for claim in experiment.claims],
         "protocol": protocol(workspace),
     }
+
+
+def by_base(values: Sequence[float], seeds: int | None) -> list[list[float]]:
+    """Values by pair as values by base and seed; the last bases may be missing."""
+    seeds = seeds or len(values)
+    return [list(values[start : start + seeds]) for start in range(0, len(values), seeds)]
+
+
+def _claim(claim: Claim, values: Mapping[str, Values], primary: str, effect: float, seeds: int) -> dict[str, Any]:
+    """A publication's claim beside what every cell says in the primary metric."""
+    metric = primary.partition("/")[0]
+    cells = {}
+    for cell, of_arm in values[claim.arm][metric].items():
+        of_control = values[claim.control][metric][cell]
+        found = difference(metric, by_base(of_arm, seeds), by_base(of_control, seeds))
+        cells[cell] = {**found, "agreement": agreement(claim.expected, found, effect * abs(_mean(of_control)))}
+    return {**claim.model_dump(mode="json"), "metric": metric, "cells": cells}
+
+
+def _changed(settings: Any) -> dict[str, Any]:
+    """The fields of a dataclass that differ from its defaults."""
+    return {name: value for name, value in asdict(settings).items() if value != getattr(type(settings)(), name)}
 
 
 def protocol(workspace: Workspace) -> dict[str, Any]:
     """What a number depends on besides the arm; numbers of unequal protocols do not belong in one table."""
     experiment = workspace.experiment
     samples = workspace.result(f"samples/{next(iter(experiment.arms))}/0")
-    data, features = workspace.result("data"), workspace.result("features")
-    evaluation = experiment.evaluation
-    codec = _decoder(experiment)
+    features, evaluation, codec = workspace.result("features"), experiment.evaluation, _decoder(experiment)
+    extractors = {extractor.kind: extractor.sha256[:16] for extractor in evaluation.extractors}
+    if "digits" in extractors:
+        extractors["digits"] = features.manifest.files["classifier.safetensors"].sha256[:16]
     return {
         "samplers": [asdict(s) for s in evaluation.samplers],
         "nfe": samples.manifest.meta["nfe"],
         "num_samples": evaluation.num_samples,
         "sample_batch_size": evaluation.sample_batch_size,
-        "label_law": "equal (image i has class i mod number of classes)",
+        "label_law": LABEL_LAWS[evaluation.label_law],
         "precision": "fp32",
         "rounding": "round((x + 1) 127.5) clamped to [0, 255]" if not codec else codec["rounding"],
         **({"codec": codec} if codec else {}),
-        "reference": f"held-out split of data {data.manifest.digest[:16]}",
-        "features": f"classifier {features.manifest.files['classifier.safetensors'].sha256[:16]}",
-        "features_held_out_accuracy": features.manifest.meta["held_out_accuracy"],
+        "reference": _reference(workspace),
+        "extractors": extractors,
+        "extractor_batch_size": BATCH,
+        **({"classifier_accuracy": features.manifest.meta["held_out_accuracy"]} if "digits" in extractors else {}),
+        "bases": experiment.bases,
         "replicates": experiment.replicates,
     }
 
 
+def _reference(workspace: Workspace) -> str:
+    source = workspace.experiment.evaluation.reference
+    if source.npz:
+        return f"statistics of the file {(source.sha256 or '')[:16]}"
+    return f"{source.split} split of data {workspace.result('data').manifest.digest[:16]}"
+
+
 def fingerprint(protocol: Mapping[str, Any]) -> str:
-    """12 hexadecimal digits that are equal where the protocols are, the number of replicates aside."""
+    """12 hexadecimal digits that are equal where the protocols are, the numbers of bases and replicates aside."""
     return canonical_hash(_compared(protocol))[:12]
 
 
@@ -152,7 +203,7 @@ def check_protocols(protocols: Sequence[Mapping[str, Any]]) -> None:
     """Numbers of these protocols may stand in one table.
 
     Raises:
-        ValueError: two differ, in more than the number of replicates.
+        ValueError: two differ, in more than the numbers of bases and replicates.
     """
     first, *others = [_compared(protocol) for protocol in protocols] or [{}]
     for other in others:
@@ -166,7 +217,7 @@ def check_protocols(protocols: Sequence[Mapping[str, Any]]) -> None:
 
 def _compared(protocol: Mapping[str, Any]) -> dict[str, Any]:
     """As JSON has it: a protocol that was read from a file equals the one that was written."""
-    found: dict[str, Any] = json.loads(json.dumps({k: v for k, v in protocol.items() if k != "replicates"}))
+    found: dict[str, Any] = json.loads(json.dumps({k: v for k, v in protocol.items() if k not in ("bases", "replicates")}))
     return found
 
 
@@ -184,9 +235,11 @@ def cell_file(cell: str) -> str:
 
 
 def format_interval(interval: Mapping[str, Any], *, signed: bool = False) -> str:
-    """`mean [low, high]` with the decimals that its size asks for."""
+    """`mean [low, high]` with the decimals that its size asks for; of a single pair `mean (n = 1)`."""
     size = abs(interval["mean"])
     decimals = 2 if size >= 10 else 3 if size >= 1 else 4
+    if interval["low"] is None:
+        return f"{interval['mean']:{'+' if signed else ''}.{decimals}f} (n = 1)"
     mean, low, high = (f"{interval[key]:{'+' if signed else ''}.{decimals}f}" for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
 
@@ -199,10 +252,10 @@ def _check_alike(found: Mapping[str, Sequence[Replicate]]) -> None:
     }
     (first, expected), *others = held.items()
     for name, cells in others:
-        for cell in {**expected, **cells}:
-            if cells.get(cell) != expected.get(cell):
+        for cell, metrics in cells.items():  # a cell of the first base alone is missing in the others
+            if metrics != expected.get(cell):
                 raise ValueError(
-                    f"{name} must hold the metrics of {first} in {cell}, {expected.get(cell)}, got {cells.get(cell)}; "
+                    f"{name} must hold the metrics of {first} in {cell}, {expected.get(cell)}, got {metrics}; "
                     "redo the older one with --force"
                 )
 
@@ -212,19 +265,19 @@ def _values(replicates: Sequence[Replicate]) -> Values:
     for cell, metrics in replicates[0].items():
         for metric in metrics:
             if metric not in BESIDE:
-                found.setdefault(metric, {})[cell] = [replicate[cell][metric] for replicate in replicates]
+                found.setdefault(metric, {})[cell] = [r[cell][metric] for r in replicates if cell in r]
     return found
 
 
 def _within_sd(replicates: Sequence[Replicate], cell: str, metric: str) -> float | None:
     """Mean over the replicates, None unless all of them have it."""
-    found = [replicate[cell].get("within", {}).get(metric) for replicate in replicates]
+    found = [replicate[cell].get("within", {}).get(metric) for replicate in replicates if cell in replicate]
     return None if None in found else _mean(found)
 
 
 def _by_count(replicates: Sequence[Replicate], cell: str, metric: str) -> list[list[float]]:
     """[number of images, mean over the replicates] of each number that all of them have, rising."""
-    found = [replicate[cell].get("by_count", {}).get(metric, {}) for replicate in replicates]
+    found = [replicate[cell].get("by_count", {}).get(metric, {}) for replicate in replicates if cell in replicate]
     counts = sorted(set(found[0]).intersection(*found), key=int)
     return [[int(count), _mean([values[count] for values in found])] for count in counts]
 
