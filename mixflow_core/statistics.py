@@ -173,14 +173,13 @@ def paired_power(n: int, sd: float, effect: float, *, confidence: float = 0.95) 
 
 @lru_cache(maxsize=4096)
 def student_quantile(probability: float, degrees: int) -> float:
-    """Quantile of Student's t with integer degrees of freedom, probability in [0.5, 1), by bisection."""
+    """Quantile of Student's t with integer degrees of freedom, probability in [0.5, 1): bisection to the last bit."""
     low, high = 0.0, 1.0
     while student_cdf(high, degrees) < probability:
         high *= 2
-    for _ in range(200):
-        middle = (low + high) / 2
+    while low < (middle := (low + high) / 2) < high:
         low, high = (middle, high) if student_cdf(middle, degrees) < probability else (low, middle)
-    return (low + high) / 2
+    return middle
 
 
 def student_cdf(t: float, degrees: int) -> float:
