@@ -7,7 +7,7 @@ import socket
 import uuid
 from typing import Any
 
-from orchestration.experiment import Cluster
+from orchestration.sections import Cluster
 from orchestration.storage import Storage
 
 NAMESPACE = "mixflow"

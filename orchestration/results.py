@@ -12,7 +12,6 @@ from orchestration.experiment import Experiment
 from orchestration.sections import Claim
 from orchestration.workflow import PATHS_OF_CODEC, Workspace
 from workers.evaluate import BATCH
-from workers.manifest import canonical_hash
 from workers.sample import LABEL_LAWS
 
 # One metrics.json: cell -> metric -> value, and beside the metrics, where they were measured,
@@ -192,33 +191,6 @@ def _reference(workspace: Workspace) -> str:
     if source.npz:
         return f"statistics of the file {(source.sha256 or '')[:16]}"
     return f"{source.split} split of data {workspace.result('data').manifest.digest[:16]}"
-
-
-def fingerprint(protocol: Mapping[str, Any]) -> str:
-    """12 hexadecimal digits that are equal where the protocols are, the numbers of bases and replicates aside."""
-    return canonical_hash(_compared(protocol))[:12]
-
-
-def check_protocols(protocols: Sequence[Mapping[str, Any]]) -> None:
-    """Numbers of these protocols may stand in one table.
-
-    Raises:
-        ValueError: two differ, in more than the numbers of bases and replicates.
-    """
-    first, *others = [_compared(protocol) for protocol in protocols] or [{}]
-    for other in others:
-        for key in {**first, **other}:
-            if key not in first or key not in other or first[key] != other[key]:
-                a, b = (json.dumps(p[key]) if key in p else "nothing" for p in (first, other))
-                raise ValueError(
-                    f"protocol.{key} must be the same in one table, got {a} and {b}; evaluate alike or show two tables"
-                )
-
-
-def _compared(protocol: Mapping[str, Any]) -> dict[str, Any]:
-    """As JSON has it: a protocol that was read from a file equals the one that was written."""
-    found: dict[str, Any] = json.loads(json.dumps({k: v for k, v in protocol.items() if k not in ("bases", "replicates")}))
-    return found
 
 
 def _decoder(experiment: Experiment) -> dict[str, Any]:

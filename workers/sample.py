@@ -31,6 +31,7 @@ LABEL_LAWS: dict[LabelLaw, str] = {
 }
 # Most images and most bytes of pixels in a part: what a worker writes at once, and keeps if it is killed.
 PART_IMAGES, PART_BYTES = 1000, 64 * 2**20
+UNCORRECTED = SamplingCorrective()
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class SampleSet:
     batch_size: int
     seed: int
     label_law: LabelLaw = "equal"
-    corrective: SamplingCorrective = SamplingCorrective()
+    corrective: SamplingCorrective = UNCORRECTED
 
     @property
     def num_batches(self) -> int:

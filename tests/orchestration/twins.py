@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from image_sources import captioned_folder, class_folder, pictures
 from pydantic import TypeAdapter
-from tiny_models import tiny_dinov2, tiny_rae_decoder, tiny_rae_statistics, tiny_vae
+from tiny_models import tiny_clip, tiny_dinov2, tiny_rae_decoder, tiny_rae_statistics, tiny_vae
 from tiny_sd3 import randomise, tiny_text_encoders
 
 from mixflow_core.samplers import Sampler
@@ -44,6 +44,7 @@ MODELS = {
     "rae": DDT,
     "sd35": SD3,
 }
+EXTRACTORS = {"sit": "fd_digits", "repa": "fd_digits", "rae": "fd_dinov2", "sd35": "clip_score"}
 TRAINING = {
     "steps": 4, "global_batch_size": 16, "num_shards": 8, "log_every": 2, "checkpoint_every": 2, "precision": "fp32",
     "sharded": False, "learning_rate": 0.01,
@@ -65,7 +66,9 @@ def twin(recipe: str, home: Path, **changes: Any) -> Experiment:
         small = sampler | {"num_steps": 3}
         if small not in samplers:
             samplers.append(small)
-    raw["evaluation"] |= {"samplers": samplers, "primary": f"fd_digits/{Sampler(**samplers[0]).name}"}
+    raw["evaluation"] |= {"samplers": samplers, **_extractors(family, home)}
+    raw["evaluation"]["primary"] = f"{EXTRACTORS[family]}/{Sampler(**samplers[0]).name}"
+    raw["evaluation"].pop("reference", None)
     _give_images(raw, home, captioned=family == "sd35")
     _give_codec(raw["codec"], home)
     if raw["data"]["images"].get("features"):
@@ -77,9 +80,20 @@ def twin(recipe: str, home: Path, **changes: Any) -> Experiment:
     return validated(recipe, raw)
 
 
+def _extractors(family: str, home: Path) -> dict[str, Any]:
+    """The classifier for latents of autoencoders; DINOv2 for RAE; CLIP too where there are captions."""
+    if family == "rae":
+        digest = tiny_dinov2(home / "judge", registers=False)
+        return {"extractors": [{"kind": "dinov2", "weights": str(home / "judge"), "sha256": digest}]}
+    found: list[dict[str, str]] = [{"kind": "digits"}]
+    if family == "sd35":
+        found.append({"kind": "clip", "weights": str(home / "clip"), "sha256": tiny_clip(home / "clip")})
+    return {"extractors": found}
+
+
 def _give_images(raw: dict[str, Any], home: Path, *, captioned: bool) -> None:
     source = (captioned_folder if captioned else class_folder)(home / "images", pictures(IMAGES))
-    raw["data"]["images"] |= {"source": source, "held_out": HELD_OUT, "rows_per_shard": 64}
+    raw["data"]["images"] |= {"source": source, "held_out": HELD_OUT, "rows_per_shard": 64, "keep_pixels": "all"}
     if captioned:
         tiny_text_encoders(home / "text")
         raw["data"]["images"] |= {

@@ -70,7 +70,8 @@ def test_features_come_in_fixed_batches_and_join_in_order(splits):
     whole = Measured.of(extractor, images)
     assert extractor.batches == [BATCH, BATCH, 30]
     assert torch.equal(whole.pooled, images.flatten(1).float() / 255)
-    assert whole.spatial and whole.logits is not None
+    assert whole.spatial
+    assert whole.logits is not None
     values = images.flatten(1).double()[:, :5] / 255
     torch.testing.assert_close(whole.spatial.mean, values.mean(0), rtol=1e-6, atol=1e-9)
     torch.testing.assert_close(whole.spatial.covariance, values.T.cov(), rtol=1e-6, atol=1e-9)
