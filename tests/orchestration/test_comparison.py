@@ -5,7 +5,15 @@ import pytest
 from scipy import stats
 
 from mixflow_core.statistics import Interval
-from orchestration.comparison import call, difference, higher_is_better, recall_beside, recall_of
+from orchestration.comparison import (
+    agreement,
+    call,
+    difference,
+    higher_is_better,
+    recall_beside,
+    recall_of,
+    spread,
+)
 
 
 @pytest.mark.parametrize(
@@ -111,3 +119,32 @@ def test_pairs_must_be_whole():
         difference("fid", ARM, CONTROL[:2])
     with pytest.raises(ValueError, match="zip"):
         difference("fid", [ARM[0][:2]], CONTROL[:1])
+
+
+@pytest.mark.parametrize(
+    ("expected", "low", "high", "found"),
+    [
+        ("better", -2.0, -1.0, "agrees"),
+        ("better", 1.0, 2.0, "disagrees"),
+        ("better", -1.0, 2.0, "inconclusive"),
+        ("worse", 1.0, 2.0, "agrees"),
+        ("worse", -2.0, -1.0, "disagrees"),
+        ("equal", -0.4, 0.3, "agrees"),
+        ("equal", 0.6, 0.8, "disagrees"),
+        ("equal", -0.8, -0.6, "disagrees"),
+        ("equal", -0.6, 0.3, "inconclusive"),
+        ("equal", 0.1, 0.4, "agrees"),  # surely not zero, and surely small
+    ],
+)
+def test_a_claim_agrees_where_the_interval_says_so(expected, low, high, found):
+    """Of a metric whose lower values are better, with a bound of 0.5 for equality."""
+    word = "better" if high < 0 else "worse" if low > 0 else "inconclusive"
+    assert agreement(expected, {"low": low, "high": high, "call": word}, 0.5) == found
+
+
+def test_a_single_pair_has_a_value_and_no_interval():
+    found = difference("fd_digits", [[3.0]], [[5.0]], effect=0.1)
+    assert (found["mean"], found["low"], found["high"], found["n"]) == (-2.0, None, None, 1)
+    assert (found["call"], found["pairs_needed"]) == ("inconclusive", None)
+    assert agreement("better", found, 0.5) == "inconclusive"
+    assert spread([[3.0]]) == {"mean": 3.0, "low": None, "high": None, "sd": None, "n": 1}

@@ -8,7 +8,7 @@ import pytest
 from scipy import stats
 from test_results import ARM_LEVELS, CELL, CELLS, NOISE, Fabricated
 
-from orchestration.results import check_protocols, fingerprint, summarise
+from orchestration.results import summarise
 from orchestration.workflow import Workspace
 
 
@@ -104,38 +104,65 @@ def test_unlike_metrics_are_refused(tmp_path):
         summarise(Renamed(tmp_path).workspace)
 
 
-def test_equal_protocols_share_a_table_and_a_fingerprint(measured):
-    stored = json.loads(json.dumps(measured["protocol"]))
-    more = {**dict(reversed(stored.items())), "replicates": 40}
-    check_protocols([measured["protocol"], stored, more])
-    check_protocols([])
-    assert fingerprint(measured["protocol"]) == fingerprint(stored) == fingerprint(more)
-    assert len(fingerprint(stored)) == 12
-    assert int(fingerprint(stored), 16) > 0
+# ------------------------------------------------------------------------------------------------- bases and claims
 
-
-@pytest.mark.parametrize(
-    ("key", "value", "shown"),
-    [
-        ("num_samples", 500, "2000 and 500"),
-        ("precision", "bf16", '"fp32" and "bf16"'),
-        ("nfe", {"euler20/s1": 20}, '{"euler20/s1": 20, "heun4/s1.5": 16} and {"euler20/s1": 20}'),
-        ("codec", {"kind": "rae"}, 'nothing and {"kind": "rae"}'),
-        ("guide", None, "nothing and null"),
-    ],
+SEVERAL = (
+    "bases=3",
+    "replicates=2",
+    "base.train.steps=100",
+    "evaluation.first_base_only=[heun4/s1.5]",
+    "claims=[{arm: mixflow, control: standard, expected: better, published: '15.64 against 17.96'},"
+    " {arm: standard, control: none, expected: equal, published: '17.96 against 17.97'},"
+    " {arm: matched, control: mixflow, expected: better, published: none}]",
 )
-def test_unequal_protocols_are_refused_in_one_table(measured, key, value, shown):
-    first = measured["protocol"]
-    second = {**first, key: value}
-    assert fingerprint(first) != fingerprint(second)
-    with pytest.raises(ValueError, match=rf"^protocol\.{key} must be the same in one table, got ") as error:
-        check_protocols([first, first, second])
-    assert f"got {shown}; evaluate alike" in str(error.value)
-    with pytest.raises(ValueError, match=rf"^protocol\.{key} "):
-        check_protocols([second, first])
+# By pair: two seeds of three bases. Bases differ more than seeds.
+LUCK = np.array([0.0, 0.1, 3.0, 3.2, -2.0, -1.8])
+SLOWED = np.array([0.00, 0.10, 0.20, 0.30, -0.30, -0.10])
 
 
-def test_the_first_difference_of_protocols_is_named(measured):
-    first = measured["protocol"]
-    with pytest.raises(ValueError, match=r"^protocol\.num_samples "):
-        check_protocols([first, {**dict(reversed(first.items())), "precision": "bf16", "num_samples": 1}])
+class SeveralBases(Fabricated):
+    def base(self, number: str) -> tuple[dict[str, bytes], dict[str, Any]]:
+        return {"weights.safetensors": f"base {number}".encode()}, {}
+
+    def metrics(self, arm: str, replicate: str) -> tuple[dict[str, bytes], dict[str, Any]]:
+        pair = int(replicate)
+        level = ARM_LEVELS[arm] + float(LUCK[pair]) + float(SLOWED[pair]) * (arm == "mixflow")
+        cells = CELLS if pair < 2 else CELLS[:1]
+        found = {cell: {"fd_digits": level, "recall_digits": 0.5 + 0.01 * pair} for cell in cells}
+        return {"metrics.json": json.dumps(found).encode()}, {}
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return summarise(SeveralBases(tmp_path_factory.mktemp("several"), *SEVERAL).workspace)
+
+
+def test_with_several_bases_intervals_are_over_their_means(several):
+    found = several["arms"]["mixflow"]["differences"]["standard"]["euler20/s1"]["fd_digits"]
+    by_base = (ARM_LEVELS["mixflow"] - ARM_LEVELS["standard"] + SLOWED).reshape(3, 2).mean(1)
+    interval = stats.t.interval(0.95, 2, by_base.mean(), stats.sem(by_base))
+    assert found["n"] == 3
+    assert (found["low"], found["high"]) == pytest.approx(interval)
+    mean = several["arms"]["mixflow"]["metrics"]["euler20/s1"]["fd_digits"]
+    assert (len(mean["values"]), mean["n"]) == (6, 3)
+    assert several["bases"] == 3
+
+
+def test_a_cell_of_the_first_base_alone_speaks_of_its_seeds(several):
+    found = several["arms"]["mixflow"]["differences"]["standard"]["heun4/s1.5"]["fd_digits"]
+    pairs = ARM_LEVELS["mixflow"] - ARM_LEVELS["standard"] + SLOWED[:2]
+    assert found["n"] == 2
+    assert (found["low"], found["high"]) == pytest.approx(stats.t.interval(0.95, 1, pairs.mean(), stats.sem(pairs)))
+
+
+def test_claims_are_set_beside_what_is_found(several):
+    first, second, third = several["claims"]
+    assert (first["arm"], first["control"], first["published"]) == ("mixflow", "standard", "15.64 against 17.96")
+    assert first["metric"] == "fd_digits"
+    assert {cell: found["agreement"] for cell, found in first["cells"].items()} == {
+        "euler20/s1": "agrees",
+        "heun4/s1.5": "agrees",
+    }
+    # Six and nine are not equal; and the matched arm is clearly worse.
+    assert second["cells"]["euler20/s1"]["agreement"] == "disagrees"
+    assert third["cells"]["euler20/s1"]["agreement"] == "disagrees"
