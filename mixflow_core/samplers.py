@@ -275,16 +275,23 @@ class Sampler:
         lowest, highest = self.guidance_interval
         return (-math.inf if lowest == 0 else lowest, math.inf if highest == 1 else highest)
 
+    def times(self) -> Tensor:
+        """The num_steps + 1 times between which the steps go, the noise-free last step of an SDE included; float32.
+
+        Every method but `dopri5`, which chooses its own between the first and the last, is evaluated at these alone.
+        """
+        end = 1 - self.last_step_size if self._closes else self.end
+        grid = time_grid(self.num_steps - self._closes, start=self.start, end=end, shift=self.shift)
+        return torch.cat([grid, grid.new_ones(1)]) if self._closes else grid
+
     def run(self, field: Field, x: Tensor, interpolant: Interpolant, noise: Noise) -> Tensor:
         """The samples from noise x (B, ...); `noise` is asked by an SDE only."""
+        grid = self.times().to(x.device)
         if self.is_sde:
-            closing = self.last_step != "none"
-            end = 1 - self.last_step_size if closing else self.end
-            grid = time_grid(self.num_steps - closing, start=self.start, end=end, shift=self.shift).to(x.device)
             return sde(
                 field,
                 x,
-                grid,
+                grid[:-1] if self._closes else grid,
                 interpolant,
                 noise,
                 diffusion=Diffusion(self.diffusion),
@@ -292,5 +299,9 @@ class Sampler:
                 last_step=self.last_step,
             )[-1]
         solve = {"euler": euler, "heun": heun, "dopri5": dopri5}[self.method]
-        grid = time_grid(self.num_steps, start=self.start, end=self.end, shift=self.shift)
-        return solve(field, x, grid.to(x.device))[-1]
+        return solve(field, x, grid)[-1]
+
+    @property
+    def _closes(self) -> bool:
+        """Whether the last step is an SDE's noise-free one."""
+        return self.is_sde and self.last_step != "none"

@@ -302,6 +302,28 @@ def test_samplers_run_their_method_on_their_grid():
     assert torch.equal(Sampler("sde", 6, end=0.95, last_step="none").run(FLOW.field, X0, linear, noise), stochastic[-1])
 
 
+@pytest.mark.parametrize(
+    ("sampler", "times"),
+    [
+        (Sampler("euler", 4), [0.0, 0.25, 0.5, 0.75, 1.0]),
+        (Sampler("heun", 2, start=0.2, end=0.8), [0.2, 0.5, 0.8]),
+        (Sampler("sde", 4, last_step_size=0.1), [0.0, 0.3, 0.6, 0.9, 1.0]),
+        (Sampler("sde_heun", 2, end=0.9, last_step="none"), [0.0, 0.45, 0.9]),
+    ],
+)
+def test_a_sampler_is_evaluated_at_its_times_alone(sampler, times):
+    np.testing.assert_allclose(sampler.times(), times, atol=1e-7)
+    seen = []
+    sampler.run(
+        lambda x, t: seen.append(float(t[0])) or FLOW.field(x, t),
+        X0,
+        Interpolant("linear"),
+        lambda k: normals(k, *X0.shape),
+    )
+    assert set(seen) <= set(sampler.times().tolist())
+    assert set(sampler.times()[:-1].tolist()) <= set(seen)
+
+
 def test_the_published_grid_of_rae_stops_before_the_data():
     # 50 published "steps" are 49, from noise to 0.0068873 of it, at the shift of 768 x 16 x 16 latents.
     sampler = Sampler("euler", 49, shift=math.sqrt(48), end=0.999)
