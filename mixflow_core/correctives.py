@@ -47,8 +47,8 @@ def roll_out_one_step(
     The step starts at the interpolation x_s with s = max(m - step, start), the network is told s, as a sampler would,
     and no gradient passes. Told time t and target stay the pair's, so m = t trains the velocity of (x0, x1) at t on
     what the model makes of it, and a slowed pair keeps its slowing: MixFlow and this combine. Self-Forcing, which the
-    paper discusses, trains on whole rollouts; ReflexFlow (arXiv 2512.04904) schedules rollouts too and turns the
-    target towards the data, which this does not.
+    paper discusses, trains on whole rollouts; ReflexFlow (arXiv 2512.04904) schedules rollouts too and adjusts the
+    target of such inputs, which this does not.
 
     Costs one forward pass of the whole batch without gradient, even if nothing is replaced: where a model is sharded
     over workers, all of them must call it.
@@ -219,9 +219,9 @@ class SamplingCorrective:
 
     Attributes:
         epsilon_scale: b of Epsilon Scaling's factor b + k n, > 0; 1 is none. n is the number of steps left: num_steps
-            at the first evaluation, 1 at the start of the last step, 0 at the end (Heun's last). It is the paper's
-            index, which falls while sampling; its code counts n - 1. Published there: 1.005 to 1.017 at 100 steps,
-            1.0006 for Heun with 18.
+            at the first evaluation, 1 at the start of the last step, 0 at the end (Heun's last). The index of its
+            published code falls while sampling too, and is n - 1. Published there: 1.005 to 1.017 at 100 steps, 1.0006
+            for Heun with 18.
         epsilon_growth: k; 0 is the uniform schedule, as its code has it unless edited. Above 0 the factor is largest
             near the noise and falls to b at the data, as in that code's linear schedule; below 0 it grows while
             sampling.

@@ -13,8 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from orchestration.experiment import LEAST_HELD_OUT, Experiment
 from orchestration.launch import cache_directory
 from orchestration.storage import open_storage
@@ -25,12 +23,11 @@ from workers.classifier import NUM_FEATURES
 from workers.codecs import CodecConfig, directory_hash, latent_shape_of
 from workers.encode import Images, plan_encoding
 from workers.evaluate import metric_names
-from workers.extractors import ClipScore, ExtractorConfig, open_extractor
+from workers.extractors import ExtractorConfig, dimension_of
 from workers.manifest import measure
 from workers.models.family import ModelConfig
 
 FACTS_VERSION = 1
-CPU = torch.device("cpu")
 
 
 def check_inputs(workspace: Workspace) -> None:
@@ -94,11 +91,10 @@ def _check_evaluation(workspace: Workspace) -> None:
             dimension = NUM_FEATURES
         else:
             with of_section("evaluation.extractors"):
-                here = local_extractor(config)
-                if config.kind == "clip":
-                    ClipScore(here.weights, here.sha256, CPU)
-                    continue
-                dimension = open_extractor(here, CPU).dimension
+                found_dimension = dimension_of(local_extractor(config))
+            if found_dimension is None:
+                continue
+            dimension = found_dimension
         if evaluation.num_samples <= dimension:
             raise ValueError(
                 f"evaluation.num_samples must be more than the {dimension} features of {config.kind}, or their "

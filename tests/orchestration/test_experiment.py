@@ -16,6 +16,7 @@ from orchestration.workflow import stages_of
 
 BETA = "{time_law: beta, slowing_law: interval, gamma: 0, target_time: m}"
 SLOWED = "{time_law: uniform, slowing_law: interval, gamma: 0.5, target_time: m}"
+TABLES = ("paper-ablation", "paper-gamma", "paper-steps")
 PUBLISHED = ("sit-b-256", "sit-xl-256", "sit-xl-512", "repa-xl-256", "rae-xl-256", "rae-xl-512", "sd35-medium")
 
 STANDARD = {"time_law": "uniform", "slowing_law": "interval", "gamma": 0, "target_time": "m", "shift": 1}
@@ -70,7 +71,7 @@ def test_overrides_reach_sections_lists_and_keys_that_were_not_there(file):
             "seed=7",
             "training.steps=11",
             "evaluation.samplers.0.num_steps=9",
-            "evaluation.primary=recall/euler9/s1",
+            "evaluation.primary=recall_digits/euler9/s1",
             "arms.mixflow.mixture.shift=3",
             "arms.matched.mixture={condition_on: m, shift: 3}",
             "cluster.num_workers=2",
@@ -127,14 +128,141 @@ def test_a_recipe_survives_json(recipe):
 
 
 def test_the_recipes_are_there():
-    assert {"quickstart", "digits32", *PUBLISHED} == set(recipes())
+    assert {"quickstart", "digits32", *TABLES, *PUBLISHED} == set(recipes())
+
+
+@pytest.mark.parametrize("recipe", TABLES)
+def test_the_tables_share_bases_data_and_equal_arms(recipe):
+    """What is the same in two of them has one identity, so that it is trained once."""
+    tables = {name: stages_of(load(name)) for name in TABLES}
+    mine = {stage.name: stage for stage in tables[recipe]}
+    for other in tables.values():
+        for stage in other:
+            if stage.kind in ("data", "base") or stage.name.startswith(("arms/standard/", "slow-flow/base")):
+                assert mine[stage.name] == stage
+    ablation, gamma, steps = (load(name) for name in TABLES)
+    for pair in range(8):
+        assert ablation.arm_run("beta-slowed", pair) == gamma.arm_run("gamma-1.0", pair)
+        assert gamma.arm_run("gamma-0.8", pair) == steps.arm_run("mixflow", pair)
+        assert gamma.arm_run("matched-0.8", pair) == steps.arm_run("matched", pair)
+
+
+@pytest.mark.parametrize("recipe", TABLES)
+def test_a_table_can_be_made_small(recipe):
+    full, small = load(recipe), load(recipe, ["scale=small"])
+    assert load(recipe, ["scale=full"]) == full
+    assert (full.bases, full.replicates, full.evaluation.num_samples) == (4, 2, 2500)
+    assert (small.bases, small.replicates, small.training.steps) == (2, 1, 60)
+    assert small.arms == full.arms
+    assert load(recipe, ["training.steps=40", "scale=small"]).training.steps == 40, "what is set beside it counts more"
+    with pytest.raises(ValueError, match="--set scale must be one of full, small, got 'tiny'; correct it"):
+        load(recipe, ["scale=tiny"])
+
+
+def test_a_file_takes_the_sections_it_lacks_from_another(tmp_path):
+    child = tmp_path / "child.yaml"
+    child.write_text("extends: quickstart\nname: child\nreplicates: 2\n")
+    found, parent = load(str(child)), load("quickstart")
+    assert (found.name, found.replicates) == ("child", 2)
+    assert found.model_copy(update={"name": "quickstart", "replicates": 3}) == parent
+    child.write_text("extends: paper-steps\nname: child\n")
+    with pytest.raises(ValueError, match="extends must name a recipe that extends none itself, got 'paper-steps'"):
+        load(str(child))
+    child.write_text("extends: [quickstart]\nname: child\n")
+    with pytest.raises(ValueError, match=r"extends must name another recipe or file, got \['quickstart'\]"):
+        load(str(child))
+
+
+ARMS = (
+    "arms.none={train: false}",
+    "arms.scaled={train: false, sampling: {epsilon_scale: 1.01}}",
+    "arms.perturbed={mixture: {time_law: uniform, gamma: 0}, corrective: {input_perturbation: 0.1}}",
+)
+
+
+def test_each_arm_is_compared_with_what_it_differs_from(file):
+    experiment = load(str(file), ARMS)
+    assert experiment.controls_of("none") == ["standard", "matched"]
+    assert experiment.controls_of("scaled") == ["standard", "none", "matched"]
+    assert experiment.controls_of("perturbed") == ["standard", "matched"]
+    assert experiment.controls_of("mixflow") == ["standard", "matched"]
+    assert experiment.controls_of("matched") == ["standard"]
+    assert experiment.arm_run("perturbed", 0).corrective.input_perturbation == 0.1
+    assert experiment.arm_run("standard", 0).corrective.is_off
+
+
+def test_arms_that_differ_in_sampling_alone_share_their_training(file):
+    stages = {
+        s.name: s
+        for s in stages_of(load(str(file), [*ARMS, "arms.both={sampling: {epsilon_scale: 1.01}, judged: false}"]))
+    }
+    assert stages["arms/both/0"].settings == stages["arms/mixflow/0"].settings
+    assert stages["samples/both/0"].settings != stages["samples/mixflow/0"].settings
+    assert stages["samples/scaled/0"].inputs == stages["samples/none/0"].inputs == ("base",)
+
+
+def test_a_slowed_arm_with_a_corrective_needs_its_own_control(file):
+    arm = "arms.slowed={corrective: {input_perturbation: 0.1}}"
+    with pytest.raises(ValueError, match="must include the matched-marginal control of 'slowed'.*or set its judged to"):
+        load(str(file), [arm])
+    control = "arms.its={mixture: {condition_on: m}, corrective: {input_perturbation: 0.1}}"
+    assert load(str(file), [arm, control]).controls_of("slowed") == ["standard", "its"]
+    load(str(file), [arm, "arms.slowed.judged=false"])
+
+
+def test_several_bases_are_trained_with_seeds_of_their_own(file):
+    experiment = load(str(file), ["bases=3", "replicates=2"])
+    assert experiment.num_pairs == 6
+    assert [experiment.base_of(pair) for pair in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert len({experiment.base_run(base).seed for base in range(3)}) == 3
+    assert len({experiment.arm_run("mixflow", pair).seed for pair in range(6)}) == 6
+    stages = {stage.name: stage for stage in stages_of(experiment)}
+    assert stages["arms/mixflow/3"].inputs == ("data", "base/1")
+    assert "base" not in stages
+    one = load(str(file), ["replicates=6"])
+    assert one.base_run() == experiment.base_run(0)
+    assert one.arm_run("mixflow", 4) == experiment.arm_run("mixflow", 4)
+    with pytest.raises(ValueError, match="replicates times bases must be at least 2 for an interval, got 1"):
+        load(str(file), ["replicates=1"])
+    with pytest.raises(ValueError, match="bases must be 1 for a given base.checkpoint, got 2"):
+        load(str(file), ["bases=2", "base={checkpoint: /x.pt, sha256: " + "0" * 64 + "}"])
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("evaluation.first_base_only=[euler9/s1]", "first_base_only must name cells, not the primary one, of"),
+        ("evaluation.first_base_only=[euler4/s1]", "first_base_only must name cells, not the primary one, of"),
+        ("evaluation.extractors=[{kind: digits}, {kind: digits}]", "extractors must be of different kinds"),
+        ("evaluation.extractors=[{kind: digits, weights: x}]", "weights must be left out for digits"),
+        ("evaluation.extractors=[{kind: inception}]", "weights must be given for the extractor inception"),
+        ("evaluation.reference={}", "reference must give exactly one of 'split' and 'npz'"),
+        ("evaluation.reference={npz: x}", "reference must give 'npz' and 'sha256' together"),
+        ("evaluation.label_law=even", "evaluation.label_law must be 'equal' or 'random', got 'even'"),
+        ("claims=[{arm: a, control: mixflow, expected: better, published: x}]", "claims must name arms"),
+        ("arms.mixflow.sampling={epsilon_scale: 0}", "epsilon_scale must be above 0, got 0"),
+        ("arms.mixflow.sampling={time_shift_window: 0.1}", "time_shift_cutoff must lie in (0, 1]"),
+        ("arms.standard.corrective={rollout_share: 0.5}", "rollout_step must lie in (0, 1] with rollout_share"),
+        ("arms.none={train: false, corrective: {input_perturbation: 0.1}}", "must be left out where train is false"),
+    ],
+)
+def test_wrong_evaluations_and_arms(file, override, words):
+    with pytest.raises(ValueError, match="^[^\n]*$") as raised:
+        load(str(file), [override])
+    assert words in str(raised.value)
+
+
+def test_digits_are_judged_by_their_classifier_alone(file):
+    override = "evaluation.extractors=[{kind: dinov2, weights: /x, sha256: " + "0" * 64 + "}]"
+    with pytest.raises(ValueError, match="must be digits for images of 1 channels, got dinov2, which sees colours"):
+        load(str(file), [override, "evaluation.primary=fd_dinov2/euler4/s1"])
 
 
 @pytest.mark.parametrize("recipe", PUBLISHED)
 def test_a_published_recipe_asks_for_paths_alone_and_says_what_was_reproduced(recipe):
     missing = to_be_given(read(recipe))
     kinds = {key.rpartition(".")[2].removesuffix("_sha256") for key in missing}
-    paths = {"source", "features", "weights", "decoder", "statistics", "checkpoint", "text_encoders", "sha256"}
+    paths = {"source", "features", "weights", "decoder", "statistics", "checkpoint", "text_encoders", "sha256", "npz"}
     assert kinds <= paths | {"num_classes"}
     with pytest.raises(ValueError, match=rf"^{recipe}: {missing[0]} must be given \({len(missing)} in all: .*--set"):
         load(recipe)

@@ -73,7 +73,7 @@ def test_what_is_needed_and_nothing_else():
     assert needed("slow-flow/base") == ["data", "base", "features", "slow-flow/base"]
     assert needed("samples/none/2") == ["data", "base", "samples/none/2"]
     assert needed("metrics/matched/0") == [
-        *("data", "base", "features", "arms/matched/0", "samples/matched/0", "metrics/matched/0")
+        *("data", "base", "features", "reference", "arms/matched/0", "samples/matched/0", "metrics/matched/0")
     ]
     assert needed("report") == names
     assert needed_for(every, lambda stage: False) == []
