@@ -225,7 +225,7 @@ def test_several_bases_are_trained_with_seeds_of_their_own(file):
     with pytest.raises(ValueError, match="replicates times bases must be at least 2 for an interval, got 1"):
         load(str(file), ["replicates=1"])
     with pytest.raises(ValueError, match="bases must be 1 for a given base.checkpoint, got 2"):
-        load(str(file), ["bases=2", "base={checkpoint: /x.pt, sha256: " + "0" * 64 + "}"])
+        load(str(file), ["bases=2", "base={checkpoint: /x.pt, sha256: " + "a" * 64 + "}"])
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_wrong_evaluations_and_arms(file, override, words):
 
 
 def test_digits_are_judged_by_their_classifier_alone(file):
-    override = "evaluation.extractors=[{kind: dinov2, weights: /x, sha256: " + "0" * 64 + "}]"
+    override = "evaluation.extractors=[{kind: dinov2, weights: /x, sha256: " + "a" * 64 + "}]"
     with pytest.raises(ValueError, match="must be digits for images of 1 channels, got dinov2, which sees colours"):
         load(str(file), [override, "evaluation.primary=fd_dinov2/euler4/s1"])
 

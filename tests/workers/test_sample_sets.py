@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 
 import pytest
@@ -176,6 +177,7 @@ def test_a_grid_reads_back(tmp_path, channels):
 
 
 def test_samples_that_are_not_finite_are_refused(model):
+    model = copy.deepcopy(model)  # shared with the other tests
     with torch.no_grad():
         model.final_layer.linear.bias.fill_(float("nan"))
     what = SampleSet(SAMPLERS["euler"][0], num_samples=4, batch_size=4, seed=3)
