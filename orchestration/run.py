@@ -15,10 +15,11 @@ from typing import Any
 from orchestration import cluster, results, tracking
 from orchestration.encode import encode
 from orchestration.experiment import LEAST_HELD_OUT, Experiment
+from orchestration.figures import slow_flow_plot
 from orchestration.launch import ControllerDiedError, Reporter, cache_directory, launch, start_reporter
 from orchestration.progress import Progress
 from orchestration.recording import Recorder
-from orchestration.report import slow_flow_plot, text_table, write_report
+from orchestration.report import text_table, write_report
 from orchestration.storage import Storage, open_storage, s3_environment
 from orchestration.workflow import Stage, Workspace, code_version, needed_for
 from workers import data as images
