@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     if not arguments.debug:
         warnings.simplefilter("ignore")
-    where = getattr(arguments, "experiment", None) or arguments.verb
+    where = _where(arguments)
     try:
         with _stdout_kept_for_json() if arguments.json else nullcontext():
             answer = arguments.act(arguments)
@@ -51,6 +51,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(json.dumps(answer, indent=1))
     return int(answer.get("exit_code", DONE))
+
+
+def _where(arguments: argparse.Namespace) -> str:
+    """What an error message begins with: the experiment, or the verb where there is none or more than one."""
+    named = getattr(arguments, "experiment", None)
+    names = [named] if isinstance(named, str) else named or []
+    return names[0] if len(names) == 1 else str(arguments.verb)
 
 
 @contextmanager
@@ -94,11 +101,18 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(prog="mixflow", description=__doc__)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
-    def verb(name: str, text: str, act: Callable[[argparse.Namespace], dict[str, Any]], experiment: bool = True) -> Any:
+    def verb(
+        name: str,
+        text: str,
+        act: Callable[[argparse.Namespace], dict[str, Any]],
+        experiment: bool = True,
+        **positional: Any,
+    ) -> Any:
         sub = verbs.add_parser(name, help=text, description=text)
         sub.set_defaults(act=act)
         if experiment:
-            sub.add_argument("experiment", metavar="EXPERIMENT", help="a recipe's name or a YAML file")
+            about = {"metavar": "EXPERIMENT", "help": "a recipe's name or a YAML file", **positional}
+            sub.add_argument("experiment", **about)
             sub.add_argument(
                 "--set",
                 dest="overrides",
@@ -120,7 +134,16 @@ def _parser() -> argparse.ArgumentParser:
     sub = verb("plan", "check everything and show what a run would do, without doing it", _plan)
     sub.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches, for the hours")
     sub.add_argument("--peak-tflops", type=float, default=989.0, help="of a device; 989 is an H100's in bf16")
-    verb("report", "make the report anew from what is in the workspace", _report)
+    report = verb(
+        "report",
+        "the report of an experiment anew, from the workspace; or a comparison of finished runs, from MLflow alone",
+        _report,
+        nargs="+",
+        metavar="EXPERIMENT|RUN",
+        help="one recipe's name or YAML file; or MLflow runs: ids, or names of experiments (the newest finished run)",
+    )
+    report.add_argument("--output", metavar="FILE", help="the page of a comparison, ./comparison.html if not given")
+    report.add_argument("--one-table", action="store_true", help="refuse to compare runs of unequal protocols")
     convert = verb("import", "a published checkpoint to one file, with the sections that use it", _import, False)
     convert.add_argument("source", metavar="SOURCE", help="a .pt or .safetensors file, or a diffusers directory of SD3")
     convert.add_argument("target", metavar="TARGET", help="the file to write, .safetensors or .pt")
@@ -204,22 +227,60 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _report(arguments: argparse.Namespace) -> dict[str, Any]:
+    from orchestration.recipe import recipes
+
+    names = arguments.experiment
+    if len(names) == 1 and (names[0] in recipes() or names[0].endswith((".yaml", ".yml"))):
+        if arguments.output or arguments.one_table:
+            raise ValueError("--output and --one-table must be left out for an experiment; they are for MLflow runs")
+        return _remake_report(names[0], arguments)
+    file = next((name for name in names if name.endswith((".yaml", ".yml"))), None)
+    if file is not None:
+        raise ValueError(f"{file} must be the only argument, got {len(names)}; name its MLflow experiment instead")
+    if arguments.overrides:
+        raise ValueError(f"--set must be left out for MLflow runs, got {arguments.overrides[0]!r}; they are finished")
+    return _compare(names, arguments)
+
+
+def _remake_report(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     from orchestration.recipe import load
     from orchestration.run import open_place, run_experiment
     from orchestration.workflow import Workspace
 
-    experiment, place = load(arguments.experiment, arguments.overrides), open_place()
+    experiment, place = load(name, arguments.overrides), open_place()
     workspace = Workspace(experiment, place.storage)
     missing = [stage.name for stage in workspace.pending(list(workspace.stages.values())) if stage.kind != "report"]
     if missing:
         raise ValueError(
             f"report must have finished stages to read, but {missing[0]} is still to do ({len(missing)} in all); "
-            f"run `mixflow run {arguments.experiment}` with the same --set"
+            f"run `mixflow run {name}` with the same --set"
         )
     outcome = run_experiment(experiment, place, force=("report",))
     if not arguments.json:
         print(outcome["report"])
     return outcome
+
+
+def _compare(names: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
+    from orchestration.comparison import write_comparison
+    from orchestration.recipe import recipes
+    from orchestration.run import open_workspace
+    from orchestration.tracked import read_experiments
+    from orchestration.tracking import default_tracking_uri
+
+    try:
+        experiments = read_experiments(default_tracking_uri(open_workspace()), names)
+    except ValueError as error:
+        close = difflib.get_close_matches(names[0], recipes(), n=1, cutoff=0.8)
+        if len(names) > 1 or not close:
+            raise
+        raise ValueError(
+            f"unknown recipe {names[0]!r}; did you mean {close[0]!r}? As an MLflow run: {error}"
+        ) from error
+    answer = write_comparison(experiments, Path(arguments.output or "comparison.html"), one_table=arguments.one_table)
+    if not arguments.json:
+        print(answer["comparison"])
+    return answer
 
 
 def _import(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -1,112 +1,273 @@
-"""One metric of two arms: which is better, by how much, how surely, and which recall belongs beside it."""
+"""Finished experiments side by side, from MLflow alone: one self-contained HTML, grouped by protocol."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from pathlib import Path
+from typing import Any
 
-from mixflow_core.statistics import Interval, nested_interval, pairs_needed
+from orchestration.figures import metric_curves, training_curves
+from orchestration.page import COLOURS, GENERATOR, data_uri, render
+from orchestration.protocols import NOT_COMPARED, Difference, difference, fingerprint
+from orchestration.report import metrics_of
+from orchestration.tracked import CURVES, TrackedExperiment, TrackedSeed
 
-Call = Literal["better", "worse", "inconclusive"]
-HIGHER_IS_BETTER = ("precision", "recall", "inception_score", "clip_score")
-WITHOUT_RECALL = ("fd_patches", "fd_pixels", "clip_score")  # no features whose neighbourhoods recall could count
-
-
-def higher_is_better(metric: str) -> bool:
-    """The better direction by the metric's name: up for precision, recall, Inception and CLIP score, else down."""
-    return metric in HIGHER_IS_BETTER or metric.startswith(("precision_", "recall_"))
-
-
-def recall_of(metric: str) -> str:
-    """The recall in the features that a metric reads: recall_X for fd_X and kid_X, else FID-Inception's recall."""
-    kind, _, extractor = metric.partition("_")
-    has_own = kind in ("fd", "kid", "precision", "recall") and extractor and metric not in WITHOUT_RECALL
-    return f"recall_{extractor}" if has_own else "recall"
+COST = {
+    "training, device-hours": "cost/device_s/arms",
+    "sampling, device-hours": "cost/device_s/samples",
+    "evaluation, device-hours": "cost/device_s/metrics",
+    "images trained on": "cost/images_trained",
+}
 
 
-def recall_beside(metric: str, measured: Collection[str]) -> str:
-    """The recall that the rule reads: the metric's own; the plain one if there is no other; any if it has none.
+@dataclass(frozen=True)
+class Row:
+    """One arm of one experiment, as tables and figures show it."""
+
+    name: str
+    colour: str
+    arm: Mapping[str, Any]
+    seeds: Sequence[TrackedSeed]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Experiments whose numbers may stand in one table.
+
+    Attributes:
+        protocol: what their numbers depend on besides arm and cell.
+        differs: in what from the first group; None for the first.
+        nfe: network evaluations by cell, those of an adaptive sampler as all counts that were found.
+    """
+
+    fingerprint: str
+    protocol: Mapping[str, Any]
+    differs: Difference | None
+    experiments: Sequence[str]
+    rows: Sequence[Row]
+    metrics: Sequence[str]
+    nfe: Mapping[str, int | str]
+    primaries: Sequence[str]
+
+
+def write_comparison(
+    experiments: Sequence[TrackedExperiment], target: Path, *, one_table: bool = False
+) -> dict[str, Any]:
+    """Writes the page and returns what `--json` prints.
 
     Raises:
-        ValueError: the metric or such a recall was not measured.
+        ValueError: there is nothing to compare, the protocols are unequal although one table was asked for, or the
+            target is another file than a page of this project.
     """
-    if metric not in measured:
-        raise ValueError(f"evaluation.primary must be of a metric that was measured, {sorted(measured)}, got {metric}")
-    recalls = sorted(name for name in measured if name == "recall" or name.startswith("recall_"))
-    if recall_of(metric) in recalls:
-        return recall_of(metric)
-    if recalls and (metric in WITHOUT_RECALL or recalls == ["recall"]):
-        return recalls[0]
-    raise ValueError(
-        f"evaluation.primary must be of a metric with {recall_of(metric)} beside it, got {metric} beside {recalls}; "
-        "measure that too or declare another"
+    if not experiments:
+        raise ValueError("runs must be given to be compared, got none; name MLflow runs or experiments")
+    _check_target(target)
+    labels = _labels(experiments)
+    rows = _rows(labels)
+    groups, curves, nfe = _groups(labels, rows, one_table), _curves(rows), _nfe(rows)
+    page = render(
+        "comparison.html.jinja",
+        experiments=labels,
+        protocols={label: group.fingerprint for group in groups for label in group.experiments},
+        groups=[{"group": group, "figure": data_uri(_figure(group))} for group in groups],
+        not_compared=NOT_COMPARED,
+        curves=data_uri(training_curves(curves, {row.name: row.colour for row in rows}))
+        if any(curves.values())
+        else None,
+        grids=_grids(labels, groups),
+        cost=_cost(rows),
+        cost_titles=list(COST),
+        total={label: _total(experiment) for label, experiment in labels.items()},
+        nfe=nfe,
+        nfe_cells=list(dict.fromkeys(cell for counts in nfe.values() for cell in counts)),
+        settings=_differing({label: _settings(experiment) for label, experiment in labels.items()}),
+        arm_settings=_differing({row.name: found for row in rows if (found := _arm_settings(row))}),
+        runs={row.name: row.seeds for row in rows},
+    )
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(page)
+    return {
+        "comparison": str(target.absolute()),
+        "runs": [
+            {"run_id": e.run_id, "experiment": e.name, "label": label, "url": e.url} for label, e in labels.items()
+        ],
+        "tables": [
+            {"protocol": g.fingerprint, "runs": g.experiments, "cells": list(g.nfe), "metrics": g.metrics}
+            for g in groups
+        ],
+    }
+
+
+def _check_target(target: Path) -> None:
+    """A page is made anew in its place; nothing else is overwritten."""
+    if target.is_dir():
+        raise ValueError(f"--output must be a file, got the directory {target}")
+    if target.exists() and GENERATOR.encode() not in target.read_bytes()[:500]:
+        raise ValueError(f"--output must be free or a page of mixflow, got {target}, another file; name another path")
+
+
+def _labels(experiments: Sequence[TrackedExperiment]) -> dict[str, TrackedExperiment]:
+    """Short names: the experiment's, with the beginning of the run's id where several share it."""
+    names = [experiment.name for experiment in experiments]
+    return {e.name if names.count(e.name) == 1 else f"{e.name} {e.run_id[:8]}": e for e in experiments}
+
+
+def _rows(labels: Mapping[str, TrackedExperiment]) -> list[Row]:
+    """Every arm of every experiment."""
+    found, colours = [], cycle(COLOURS)
+    for label, experiment in labels.items():
+        for name, arm in experiment.summary["arms"].items():
+            seeds = [seed for seed in experiment.seeds if seed.arm == name]
+            found.append(Row(_row_name(label, name, labels), next(colours), arm, seeds))
+    return found
+
+
+def _row_name(label: str, arm: str, labels: Mapping[str, TrackedExperiment]) -> str:
+    return arm if len(labels) == 1 else f"{label} / {arm}"
+
+
+def _groups(labels: Mapping[str, TrackedExperiment], rows: Sequence[Row], one_table: bool) -> list[Group]:
+    """The experiments by protocol, each with the first whose members it agrees with."""
+    members: list[list[str]] = []
+    protocols = {label: experiment.summary["protocol"] for label, experiment in labels.items()}
+    for label in labels:
+        for group in members:
+            found = [(other, difference(protocols[other], protocols[label])) for other in group]
+            unequal = next(((other, d) for other, d in found if d), None)
+            if unequal is None:
+                group.append(label)
+                break
+            if one_table:
+                other, (key, first, second) = unequal
+                raise ValueError(
+                    f"--one-table must have runs of one protocol, got {key} {first!r} in {other} and {second!r} in "
+                    f"{label}; leave --one-table out for a table of each"
+                )
+        else:
+            members.append([label])
+    first = protocols[members[0][0]]
+    return [
+        _group(group, labels, rows, None if group is members[0] else difference(first, protocols[group[0]]))
+        for group in members
+    ]
+
+
+def _group(
+    members: Sequence[str],
+    labels: Mapping[str, TrackedExperiment],
+    rows: Sequence[Row],
+    differs: Difference | None,
+) -> Group:
+    summaries = [labels[label].summary for label in members]
+    names = [_row_name(label, arm, labels) for label in members for arm in labels[label].summary["arms"]]
+    counts: dict[str, list[int]] = {}
+    for summary in summaries:
+        for cell in _cells(summary):
+            counts.setdefault(cell, []).append(summary["protocol"]["nfe"][cell])
+    return Group(
+        fingerprint=fingerprint(summaries[0]["protocol"]),
+        protocol=summaries[0]["protocol"],
+        differs=differs,
+        experiments=members,
+        rows=[row for row in rows if row.name in names],
+        metrics=list(dict.fromkeys(metric for summary in summaries for metric in metrics_of(summary))),
+        nfe={cell: n[0] if len(set(n)) == 1 else ", ".join(map(str, sorted(set(n)))) for cell, n in counts.items()},
+        primaries=list(dict.fromkeys(summary["primary"] for summary in summaries)),
     )
 
 
-def call(metric: str, interval: Interval) -> Call:
-    """What a difference to a control says: nothing while its interval covers zero."""
-    sign = -1 if higher_is_better(metric) else 1
-    low, high = sorted((sign * interval.low, sign * interval.high))
-    return "better" if high < 0 else "worse" if low > 0 else "inconclusive"
+def _cells(summary: Mapping[str, Any]) -> list[str]:
+    """Every cell of a summary; those without guidance first, by their evaluations."""
+    nfe = summary["protocol"]["nfe"]
+    cells = list(dict.fromkeys(cell for arm in summary["arms"].values() for cell in arm["metrics"]))
+    return sorted(cells, key=lambda cell: (not cell.endswith("/s1"), cell.rstrip("0123456789/s."), nfe[cell]))
 
 
-def difference(
-    metric: str, arm: Sequence[Sequence[float]], control: Sequence[Sequence[float]], *, effect: float | None = None
-) -> dict[str, Any]:
-    """An arm minus its control in one cell, as plain JSON. A single pair has no interval: `low`, `high`, `sd` are None.
+def _figure(group: Group) -> bytes:
+    nfe = {cell: count for cell, count in group.nfe.items() if isinstance(count, int)}
+    colours = {row.name: row.colour for row in group.rows}
+    return metric_curves({row.name: row.arm for row in group.rows}, group.metrics, nfe, colours)
 
-    Args:
-        metric: decides which side of zero is better.
-        arm: values by base and seed, `arm[b][k]`.
-        control: values at the same bases and seeds.
-        effect: the difference worth seeing, as a share of the control's mean.
 
-    Returns:
-        The Interval over the seeds of one base, or over several bases; the `call`; and `pairs_needed` to see the
-        effect in four of five experiments, counted in what the interval counts. It is None where no effect is asked
-        for, where it is 0 because the control's mean is, and where it takes more than the most replicates there may be.
+def _curves(rows: Sequence[Row]) -> dict[str, dict[str, list[Sequence[tuple[int, float]]]]]:
+    """Metric key -> row -> the curve of each seed."""
+    return {
+        key: {
+            row.name: [seed.curves[key] for seed in row.seeds if key in seed.curves]
+            for row in rows
+            if any(key in seed.curves for seed in row.seeds)
+        }
+        for key in CURVES
+    }
+
+
+def _grids(labels: Mapping[str, TrackedExperiment], groups: Sequence[Group]) -> list[dict[str, Any]]:
+    """Sheets of the primary cells, put together where they started from the same noise and labels.
+
+    In one protocol the noise of an image depends on the experiment's seed and on the shape of what is sampled.
     """
-    pairs = [[x - y for x, y in zip(a, c, strict=True)] for a, c in zip(arm, control, strict=True)]
-    if sum(map(len, pairs)) == 1:
-        return {**spread(pairs), "call": "inconclusive", "pairs_needed": None}
-    interval = nested_interval(pairs)
-    size = (effect or 0) * abs(_mean([_mean(seeds) for seeds in control]))
-    needed = pairs_needed(interval.sd, size) if size else None
-    return {**asdict(interval), "call": call(metric, interval), "pairs_needed": needed}
+    found: dict[tuple[str, ...], dict[str, str]] = {}
+    for group in groups:
+        for label in group.experiments:
+            experiment = labels[label]
+            shape = "x".join(experiment.params.get(f"model.{key}", "?") for key in ("in_channels", "input_size"))
+            cell, seed = experiment.summary["primary"].partition("/")[2], experiment.params.get("seed", "?")
+            sheets = found.setdefault((cell, seed, shape, group.fingerprint), {})
+            for arm, content in experiment.grids.items():
+                sheets[_row_name(label, arm, labels)] = data_uri(content)
+    return [
+        {"cell": cell, "seed": seed, "shape": shape, "protocol": protocol, "images": images}
+        for (cell, seed, shape, protocol), images in found.items()
+        if images
+    ]
 
 
-def spread(values: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """The Interval of values by base and seed as plain JSON, without bounds where there is a single one."""
-    if sum(map(len, values)) == 1:
-        return {"mean": values[0][0], "low": None, "high": None, "sd": None, "n": 1}
-    return asdict(nested_interval(values))
+def _cost(rows: Sequence[Row]) -> dict[str, list[float | None]]:
+    """Row -> what COST names, summed over its seeds; None where a seed does not say it."""
+    return {row.name: [_sum(row.seeds, title, key) for title, key in COST.items()] for row in rows}
 
 
-Agreement = Literal["agrees", "disagrees", "inconclusive"]
+def _sum(seeds: Sequence[TrackedSeed], title: str, key: str) -> float | None:
+    values = [seed.metrics.get(key) for seed in seeds]
+    known = [value for value in values if value is not None]
+    if not values or len(known) < len(values):
+        return None
+    return sum(known) / (3600 if "hours" in title else 1)
 
 
-def agreement(expected: str, found: Mapping[str, Any], bound: float) -> Agreement:
-    """What a difference says of a publication's claim.
-
-    Args:
-        expected: `better` or `worse`, which the difference's call confirms or contradicts; or `equal`, which is
-            confirmed where its interval lies within +-bound, and contradicted where it lies outside: not to be told
-            apart is no evidence of being equal.
-        found: of `difference`.
-        bound: of `equal`, in the metric's units.
-    """
-    if found["low"] is None:
-        return "inconclusive"
-    if expected == "equal":
-        if -bound <= found["low"] and found["high"] <= bound:
-            return "agrees"
-        return "disagrees" if found["low"] > bound or found["high"] < -bound else "inconclusive"
-    if found["call"] == "inconclusive":
-        return "inconclusive"
-    return "agrees" if found["call"] == expected else "disagrees"
+def _total(experiment: TrackedExperiment) -> float | None:
+    """Device-hours of all stages of an experiment, base and measuring included."""
+    seconds = [value for key, value in experiment.metrics.items() if key.startswith("cost/device_s/")]
+    return sum(seconds) / 3600 if seconds else None
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.fsum(values) / len(values)
+def _nfe(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Row -> cell -> network evaluations of one image, as its first seed counted them."""
+    prefix = "cost/nfe/"
+    return {
+        row.name: {key.removeprefix(prefix): n for key, n in row.seeds[0].metrics.items() if key.startswith(prefix)}
+        for row in rows
+        if row.seeds
+    }
+
+
+def _settings(experiment: TrackedExperiment) -> dict[str, str]:
+    """An experiment's settings but its name and its arms, which have a table of their own."""
+    return {key: v for key, v in experiment.params.items() if key != "name" and not key.startswith("arms.")}
+
+
+def _arm_settings(row: Row) -> dict[str, str]:
+    """What an arm trained with; empty for one that did not train. The seed depends on the replicate."""
+    params = row.seeds[0].params if row.seeds else {"post_training": "none"}
+    if "post_training" in params:
+        return {}
+    return {key: value for key, value in params.items() if key not in ("arm", "replicate", "seed")}
+
+
+def _differing(columns: Mapping[str, Mapping[str, str]]) -> dict[str, Any]:
+    """The columns' names, and each key that is not the same in all of them with its value in each."""
+    keys = dict.fromkeys(key for column in columns.values() for key in column)
+    table = {key: [column.get(key) for column in columns.values()] for key in keys}
+    return {"names": list(columns), "rows": {key: values for key, values in table.items() if len(set(values)) > 1}}

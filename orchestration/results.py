@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from orchestration.comparison import agreement, difference, recall_beside, spread
+from orchestration.differences import agreement, difference, recall_beside, spread
 from orchestration.experiment import Experiment
 from orchestration.sections import Claim
 from orchestration.workflow import PATHS_OF_CODEC, Workspace

@@ -15,11 +15,12 @@ from typing import Any
 from orchestration import cluster, results, tracking
 from orchestration.encode import encode
 from orchestration.experiment import Experiment
+from orchestration.figures import slow_flow_plot
 from orchestration.inputs import check_data, check_inputs, given_base, given_guide, given_weights
 from orchestration.launch import ControllerDiedError, Reporter, launch, start_reporter
 from orchestration.progress import Progress
 from orchestration.recording import Recorder
-from orchestration.report import slow_flow_plot, text_table, write_report
+from orchestration.report import text_table, write_report
 from orchestration.storage import Storage, open_storage, s3_environment
 from orchestration.workflow import Stage, Workspace, code_version, needed_for
 from workers import data as images

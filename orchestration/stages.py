@@ -112,8 +112,8 @@ def run_stages(site: Site, stages: list[Stage]) -> None:
                 directory = Path(scratch)
                 about = WORK[stage.kind](site, stage, inputs, directory)
                 if site.rank == 0:
-                    seconds = time.monotonic() - start
-                    site.workspace.publish(stage.name, directory, seconds=seconds, num_workers=site.world_size, **about)
+                    about |= {"num_workers": site.world_size, "device": site.device.type}
+                    site.workspace.publish(stage.name, directory, seconds=time.monotonic() - start, **about)
                     site.tell(stage.name, 1, 1, {})
 
 

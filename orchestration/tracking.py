@@ -6,7 +6,7 @@ deleted when MLflow has acknowledged all of it, so an empty spool means that eve
 step) arrives once: what may have reached MLflow without an answer is sent again unchanged, which MLflow stores once,
 and a step that MLflow already holds is skipped. One process owns a spool at a time.
 
-With report.py the only file that imports mlflow, where it is used (3 s).
+With tracked.py, which reads, the only file that imports mlflow, where it is used (3 s).
 """
 
 from __future__ import annotations
@@ -421,7 +421,7 @@ class _Sender:
     """Delivers events to MLflow. Delivering a batch again, after whatever failure, is harmless."""
 
     def __init__(self, workspace: Storage, tracking_uri: str, experiment: str):
-        self.shown_uri = _without_password(tracking_uri)
+        self.shown_uri = without_password(tracking_uri)
         self.run_ids: dict[str, str] = {}
         self.moved_at = 0.0  # monotonic seconds of the last progress
         self._workspace, self._uri, self._experiment = workspace, tracking_uri, experiment
@@ -434,10 +434,10 @@ class _Sender:
 
     def connect(self) -> None:
         """Raises what went wrong, within seconds, if MLflow does not answer."""
-        if _is_http(self._uri) and _ask(self._uri, "/health") >= 500:
+        if is_http(self._uri) and _ask(self._uri, "/health") >= 500:
             raise OSError("the server is not ready")
         if self._client is None:
-            client = _mlflow_client(self._uri)
+            client = mlflow_client(self._uri)
             self._experiment_id = self._open_experiment(client)
             self._client = client
             self.moved_at = time.monotonic()
@@ -620,7 +620,7 @@ class _Sender:
         experiment = client.get_experiment_by_name(self._experiment)
         if experiment is None:
             # Without a server MLflow would put artifacts into ./mlruns, wherever this process happens to run.
-            location = None if _is_http(self._uri) else f"{self._workspace.uri}/mlartifacts"
+            location = None if is_http(self._uri) else f"{self._workspace.uri}/mlartifacts"
             return str(client.create_experiment(self._experiment, artifact_location=location))
         if experiment.lifecycle_stage == "deleted":
             log.warning("the MLflow experiment %s was deleted, it is restored", self._experiment)
@@ -641,7 +641,7 @@ def check_tracking(tracking_uri: str) -> str | None:
         file_store = scheme in ("", "file")
         hint = "MLflow's file store is gone, use sqlite:////path/mlflow.db" if file_store else "correct it"
         rule = "MLFLOW_TRACKING_URI must start with http, https, sqlite or postgresql"
-        raise ValueError(f"{rule}, got {_without_password(tracking_uri)!r}; {hint}")
+        raise ValueError(f"{rule}, got {without_password(tracking_uri)!r}; {hint}")
     return checks[scheme](tracking_uri)
 
 
@@ -653,7 +653,7 @@ def default_tracking_uri(workspace: Storage) -> str:
     """
     uri = os.environ.get("MLFLOW_TRACKING_URI")
     if uri and uri.startswith("sqlite:"):
-        return f"sqlite:///{_sqlite_file(uri)}"  # absolute, because the process that uses it has another directory
+        return f"sqlite:///{sqlite_file(uri)}"  # absolute, because the process that uses it has another directory
     if uri:
         return uri
     if not workspace.is_local:
@@ -666,15 +666,15 @@ def default_tracking_uri(workspace: Storage) -> str:
 
 def ui_command(tracking_uri: str) -> str:
     """The shell command that opens MLflow's UI, or the URL of a server."""
-    if _is_http(tracking_uri):
-        return _without_password(tracking_uri)
+    if is_http(tracking_uri):
+        return without_password(tracking_uri)
     if urlsplit(tracking_uri).password:
         return 'mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"'
     return f"mlflow ui --backend-store-uri {shlex.quote(_with_driver(tracking_uri))}"
 
 
 def _check_http(uri: str) -> str | None:
-    shown = _without_password(uri)
+    shown = without_password(uri)
     try:
         status = _ask(uri, "/api/2.0/mlflow/experiments/search?max_results=1")
         if status in (0, 401, 403):
@@ -697,7 +697,7 @@ def _check_http(uri: str) -> str | None:
 
 
 def _check_sqlite(uri: str) -> None:
-    file = _sqlite_file(uri)
+    file = sqlite_file(uri)
     there = next(parent for parent in (file, *file.parents) if parent.exists())
     usable = there.is_file() if there == file else there.is_dir()
     if not usable or not os.access(there, os.W_OK):
@@ -707,7 +707,7 @@ def _check_sqlite(uri: str) -> None:
 def _check_postgresql(uri: str) -> str | None:
     import psycopg2
 
-    shown = _without_password(uri)
+    shown = without_password(uri)
     try:
         psycopg2.connect(_with_driver(uri).replace(DRIVER, "postgresql", 1), connect_timeout=int(ANSWER_S)).close()
     except psycopg2.OperationalError as error:
@@ -744,7 +744,7 @@ def _ask(uri: str, path: str) -> int:
 
 def _client_status(uri: str) -> int:
     """The HTTP status that MLflow's own client gets; OSError if it gets none."""
-    client = _mlflow_client(uri)
+    client = mlflow_client(uri)
     from mlflow.exceptions import ERROR_CODE_TO_HTTP_STATUS, MlflowException
 
     try:
@@ -756,7 +756,7 @@ def _client_status(uri: str) -> int:
     return 200
 
 
-def _mlflow_client(uri: str) -> Any:
+def mlflow_client(uri: str) -> Any:
     """An MLflow client that gives up within seconds; repeating is our own work."""
     defaults = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
@@ -821,7 +821,8 @@ def _segment_weight(name: str) -> int:
     return int(name.split("-")[1])
 
 
-def _sqlite_file(uri: str) -> Path:
+def sqlite_file(uri: str) -> Path:
+    """The file of a sqlite URI."""
     return Path(os.path.abspath(uri.removeprefix("sqlite:///").split("?")[0]))
 
 
@@ -830,11 +831,13 @@ def _with_driver(uri: str) -> str:
     return re.sub("^postgresql:", f"{DRIVER}:", uri)
 
 
-def _is_http(uri: str) -> bool:
+def is_http(uri: str) -> bool:
+    """Whether a tracking URI is that of a server, with a UI."""
     return uri.startswith(("http://", "https://"))
 
 
-def _without_password(uri: str) -> str:
+def without_password(uri: str) -> str:
+    """A URI as it may be shown."""
     password = urlsplit(uri).password
     return uri.replace(f":{password}@", ":***@") if password else uri
 

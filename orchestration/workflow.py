@@ -67,6 +67,15 @@ class Artifact:
         """URI of the directory."""
         return f"{self.uri}/{self.path}".rstrip("/")
 
+    @property
+    def device_s(self) -> float:
+        """Seconds that devices (GPUs, or workers' CPUs) were kept for it: of the attempt that finished, times workers.
+
+        0 for what was given and not made.
+        """
+        meta = self.manifest.meta
+        return float(meta.get("seconds", 0)) * int(meta.get("num_workers", 1))
+
     def read(self, name: str) -> bytes:
         """One file of it, verified.
 

@@ -33,7 +33,7 @@ CONFINED = {
     "torch_fidelity": ["workers/*.py"],
     "boto3": ["orchestration/storage.py"],
     "botocore": ["orchestration/storage.py"],
-    "mlflow": ["orchestration/tracking.py", "orchestration/report.py"],
+    "mlflow": ["orchestration/tracking.py", "orchestration/tracked.py"],  # one writes, the other reads
     "psycopg2": ["orchestration/tracking.py"],
     # stages.py and encode.py's Worker run on a worker; the others ask torch about the machine (DRIVER_TORCH).
     "orchestration:torch": [f"orchestration/{name}.py" for name in ("stages", "encode", "launch", "cluster", "plan")],

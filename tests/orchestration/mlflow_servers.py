@@ -85,6 +85,16 @@ class MlflowServer:
 
 
 @pytest.fixture(scope="session")
+def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """MLflow needs seconds to create its tables; the tests copy them."""
+    from mlflow import MlflowClient
+
+    file = tmp_path_factory.mktemp("sqlite") / "mlflow.db"
+    MlflowClient(f"sqlite:///{file}").search_experiments()
+    return file
+
+
+@pytest.fixture(scope="session")
 def postgresql() -> Iterator[str]:
     """The URI of a database on a PostgreSQL server of its own."""
     bindir = _postgresql_bindir()

@@ -1,6 +1,8 @@
 """The report: one file that needs no other, in which everything is said and nothing said by others is executed."""
 
 import base64
+import copy
+import hashlib
 import io
 import json
 import re
@@ -14,6 +16,7 @@ from test_results import ARM_LEVELS, CELLS, PRIMARY, Fabricated
 
 from orchestration.report import text_table, write_report
 from orchestration.results import format_interval, summarise
+from orchestration.titles import companions, title
 from workers.evaluate import METRICS
 
 HOSTILE = "<b onclick=alert(1)>&\"'"
@@ -65,8 +68,18 @@ def test_the_page_needs_no_other_file(written):
     ]
     assert len(fetched) == 3 + len(CELLS) * len(ARM_LEVELS)
     assert all(str(value).startswith("data:image/png;base64,") for value in fetched)
-    assert {"script", "link", "iframe", "object", "embed", "base"}.isdisjoint(tag for tag, _ in page.tags)
-    assert not re.search(r"url\(|@import", page.source)
+    assert {"link", "iframe", "object", "embed", "base"}.isdisjoint(tag for tag, _ in page.tags)
+    assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest", page.source)
+
+
+def test_only_the_pages_own_script_may_run(written):
+    """The policy names the hash of the one script, as a browser computes it, and forbids every connection."""
+    page, *_ = written
+    (script,) = re.findall(r"<script>(.*?)</script>", page.source, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (policy,) = [a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a]
+    assert f"script-src 'sha256-{digest}'" in str(policy)
+    assert "default-src 'none'" in str(policy)
 
 
 def test_the_figures_are_pictures_and_the_grids_are_those_of_the_samples(written):
@@ -105,7 +118,7 @@ def test_everything_is_said(written):
 def test_the_cost_is_the_sum_of_what_was_recorded(written):
     """Four replicates of 1.5 seconds each: three arms are trained, four are sampled."""
     page, *_ = written
-    assert "arms 12 18.0 2" in page.text
+    assert "arms 12 18.0 2 0.0100" in page.text  # 36 device-seconds
     assert "samples 16 24.0 2" in page.text
     assert "base 1 1.5 2" in page.text
 
@@ -143,13 +156,92 @@ def test_a_table_for_the_terminal(written):
 
 @pytest.mark.filterwarnings("error")
 def test_more_arms_than_colours_and_guided_cells_alone(tmp_path):
-    extra = [f"arms.extra{i}={{train: false}}" for i in range(6)]
+    extra = [f"arms.extra{i}={{train: false}}" for i in range(14)]
     page, _ = write(Fabricated(tmp_path / "made", *extra), tmp_path / "out")
     coloured = [attributes["style"] for tag, attributes in page.tags if tag == "b" and "style" in attributes]
-    assert len(coloured) == (1 + len(METRICS)) * 10
-    assert "extra5" in page.text
+    assert len(coloured) == (1 + len(METRICS)) * 18
+    assert "extra13" in page.text
 
     only = ["evaluation.samplers=[{method: heun, num_steps: 4, guidance_scale: 1.5}]"]
     only += ["evaluation.primary=fd_digits/heun4/s1.5"]
     page, _ = write(Fabricated(tmp_path / "guided", *only), tmp_path / "out2")
     assert "Verdicts on the primary cell, fd_digits/heun4/s1.5" in page.text
+
+
+@pytest.fixture(scope="module")
+def enriched(written, tmp_path_factory) -> Page:
+    """The report of a summary with everything that it may hold, and with metrics that nobody has heard of."""
+    _, summary, _, made = written
+    summary = copy.deepcopy(summary)
+    for level, arm in enumerate(summary["arms"].values()):
+        for cell, found in arm["metrics"].items():
+            for metric in ("fid", "fd_patches", "recall_digits", "mystery_score"):
+                found[metric] = {"mean": 77.0 + level, "low": 76.0, "high": 99.0, "sd": 0.5, "n": 4}
+            found["recall_digits"] = {"mean": 0.3125, "low": 0.3, "high": 0.35, "sd": 0.5, "n": 4}
+            found["fd_digits"]["within_sd"] = 0.0625
+            for by_cell in arm["differences"].values():
+                by_cell[cell]["fd_digits"] |= {"call": "inconclusive", "pairs_needed": 13}
+                by_cell[cell]["recall"] |= {"call": "better", "pairs_needed": 2}
+        arm["by_count"] = {"euler20/s1": {"fd_digits": [[500, 12.0 + level], [2000, 9.0 + level]]}}
+    directory = tmp_path_factory.mktemp("enriched")
+    write_report(made.workspace, summary, directory)
+    assert (directory / "counts.png").exists()
+    return Page((directory / "report.html").read_text())
+
+
+def test_metrics_come_from_the_summary(enriched):
+    assert "Frechet Inception distance (fid, lower is better) arm" in enriched.text
+    assert "Frechet distance in patches at full resolution (fd_patches, lower is better) arm" in enriched.text
+    assert "mystery score (mystery_score) arm" in enriched.text
+
+
+def test_both_sources_of_variation_are_shown(enriched, written):
+    sd = written[1]["arms"]["mixflow"]["metrics"]["euler20/s1"]["fd_digits"]["sd"]
+    assert f"sd over seeds, within a seed {sd:.4f}, 0.0625" in enriched.text
+    assert f"sd over seeds {sd:.4f}" in written[0].text, "where it was not estimated nothing is said of it"
+    assert "within a seed " not in written[0].text
+
+
+def test_recall_and_full_resolution_stand_beside_a_feature_distance(enriched, written):
+    assert "recall_digits, fd_patches 0.3125, 77.00" in enriched.text
+    recall, pixels = (written[1]["arms"]["none"]["metrics"]["euler20/s1"][m]["mean"] for m in ("recall", "fd_pixels"))
+    assert f"recall, fd_pixels {recall:.4f}, {pixels:.2f}" in written[0].text
+
+
+def test_a_call_is_shown_with_the_pairs_that_it_lacks(enriched):
+    assert "inconclusive, 13 pairs needed" in enriched.text
+    assert "better" in enriched.text
+    assert "better, 2 pairs needed" not in enriched.text
+
+
+def test_the_distance_by_the_number_of_samples_is_drawn_where_it_is_known(enriched, written):
+    assert "The same distances with fewer samples, euler20/s1" in enriched.text
+    assert "fewer samples" not in written[0].text
+
+
+@pytest.mark.parametrize(
+    ("metric", "text", "beside"),
+    [
+        ("fd_digits", "Frechet distance in classifier features (fd_digits, lower is better)", ["recall", "fd_patches"]),
+        ("fid", "Frechet Inception distance (fid, lower is better)", ["recall", "fd_patches"]),
+        ("sfid", "Frechet distance in spatial Inception features (sfid, lower is better)", ["recall", "fd_patches"]),
+        ("kid", "Kernel distance (kid, lower is better)", ["recall", "fd_patches"]),
+        (
+            "fd_dinov2",
+            "Frechet distance in DINOv2 features (fd_dinov2, lower is better)",
+            ["recall_dinov2", "fd_patches"],
+        ),
+        ("fd_patches", "Frechet distance in patches at full resolution (fd_patches, lower is better)", ["recall"]),
+        ("kid_shapes", "Kernel distance in shapes features (kid_shapes, lower is better)", ["recall", "fd_patches"]),
+        ("recall_dinov2", "Recall in DINOv2 features (recall_dinov2, higher is better)", []),
+        ("inception_score", "Inception score (inception_score, higher is better)", []),
+        ("precision", "Precision (higher is better)", []),
+        ("fiddle", "fiddle", []),
+        ("some_new_thing", "some new thing (some_new_thing)", []),
+    ],
+)
+def test_titles_of_metrics_and_what_stands_beside_them(metric, text, beside):
+    known = ["fd_digits", "recall", "recall_dinov2", "fd_pixels", "fd_patches", "fid"]
+    assert title(metric) == text
+    assert companions(metric, known) == beside
+    assert companions(metric, []) == []

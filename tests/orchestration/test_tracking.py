@@ -62,16 +62,6 @@ def workspace(tmp_path: Path) -> Storage:
     return open_storage(str(tmp_path / "workspace"))
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """MLflow needs seconds to create its tables; the tests copy them."""
-    from mlflow import MlflowClient
-
-    file = tmp_path_factory.mktemp("sqlite") / "mlflow.db"
-    MlflowClient(f"sqlite:///{file}").search_experiments()
-    return file
-
-
 @pytest.fixture
 def sqlite(empty_database: Path, tmp_path: Path) -> str:
     file = tmp_path / "workspace" / "mlflow.db"

@@ -1,0 +1,179 @@
+"""Plots of results as PNG."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from orchestration.page import picture
+from orchestration.titles import lower_is_better, short_title
+
+METHODS = ("sde_heun", "dopri5", "euler", "heun", "sde")
+STYLES = {"euler": "o-", "heun": "s", "sde": "^"}
+# Methods share an NFE: a little room between them keeps their bars apart.
+SHIFTS = {"euler": 0.0, "heun": 0.3, "sde": -0.3}
+Curve = Sequence[tuple[int, float]]  # (step, value)
+
+
+def metric_curves(
+    arms: Mapping[str, Any], metrics: Sequence[str], nfe: Mapping[str, int], colours: Mapping[str, str]
+) -> bytes:
+    """Every metric against the number of network evaluations of the unguided samplers, one line an arm and method.
+
+    Args:
+        arms: name -> its part of a summary.
+        metrics: what to draw, a panel each.
+        nfe: network evaluations of an image by cell.
+        colours: of the arms.
+    """
+    lines: dict[str, list[str]] = {}
+    for cell in nfe:
+        if _is_unguided(cell):
+            lines.setdefault(_family(cell), []).append(cell)
+
+    def draw(figure: Any) -> None:
+        for axis, metric in zip(_panels(figure, len(metrics)), metrics, strict=False):
+            for name, arm in arms.items():
+                for family, cells in lines.items():
+                    cells = sorted(
+                        (c for c in cells if metric in arm["metrics"].get(c, {})), key=lambda cell: nfe[cell]
+                    )
+                    found = [arm["metrics"][cell][metric] for cell in cells]
+                    x = [nfe[cell] + SHIFTS.get(family, 0.6) for cell in cells]
+                    error = [[i["mean"] - i["low"] for i in found], [i["high"] - i["mean"] for i in found]]
+                    label = f"{name} ({family})" if metric == metrics[0] else None
+                    style = {"fmt": STYLES.get(family, "D"), "color": colours[name], "capsize": 2, "ms": 4, "lw": 1.2}
+                    axis.errorbar(x, [i["mean"] for i in found], error, label=label, **style)
+            _dress(axis, short_title(metric), "network evaluations")
+        if lines:
+            figure.legend(loc="outside lower center", ncols=4, fontsize=7)
+
+    return picture(draw, _size(len(metrics)))
+
+
+def count_curves(arms: Mapping[str, Any], cell: str, colours: Mapping[str, str]) -> bytes | None:
+    """Distances in one cell as they depend on the number of samples, a panel each; None if nothing was recorded.
+
+    Frechet distances of few samples are biased upwards: only numbers of equal counts compare.
+    """
+    counts = {name: arm.get("by_count", {}).get(cell, {}) for name, arm in arms.items()}
+    metrics = list(dict.fromkeys(m for found in counts.values() for m in found if lower_is_better(m) is not False))
+    if not metrics:
+        return None
+
+    def draw(figure: Any) -> None:
+        for axis, metric in zip(_panels(figure, len(metrics)), metrics, strict=False):
+            for name, found in counts.items():
+                x, y = zip(*found.get(metric, []), strict=True) if found.get(metric) else ((), ())
+                axis.plot(x, y, "o-", color=colours[name], ms=3, lw=1.2, label=name if metric == metrics[0] else None)
+            numbers = sorted({count for found in counts.values() for count, _ in found.get(metric, [])})
+            axis.set_xscale("log")
+            axis.set_xticks(numbers, [str(count) for count in numbers])
+            axis.minorticks_off()
+            _dress(axis, short_title(metric), "samples")
+        figure.legend(loc="outside lower center", ncols=6, fontsize=7)
+
+    return picture(draw, _size(len(metrics)))
+
+
+def training_curves(curves: Mapping[str, Mapping[str, Sequence[Curve]]], colours: Mapping[str, str]) -> bytes:
+    """A panel a metric, a line an arm: the mean over its seeds, in the band that they span.
+
+    Args:
+        curves: metric key -> arm -> the curve of each seed.
+        colours: of the arms.
+    """
+
+    def draw(figure: Any) -> None:
+        for axis, (key, by_arm) in zip(_panels(figure, len(curves)), curves.items(), strict=False):
+            for name, seeds in by_arm.items():
+                values: dict[int, list[float]] = {}
+                for step, value in (point for curve in seeds for point in curve):
+                    values.setdefault(step, []).append(value)
+                steps = sorted(values)
+                means = [math.fsum(values[step]) / len(values[step]) for step in steps]
+                axis.plot(steps, means, color=colours[name], lw=1.3, label=name if key == next(iter(curves)) else None)
+                low, high = ([extreme(values[step]) for step in steps] for extreme in (min, max))
+                axis.fill_between(steps, low, high, color=colours[name], alpha=0.15, lw=0)
+            _dress(axis, key, "step")
+        figure.legend(loc="outside lower center", ncols=6, fontsize=7)
+
+    return picture(draw, (12, 4.2))
+
+
+def slow_flow_plot(measured: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """PNG of the base (before) and arms (after): slowed time against sampling time, and the probe's lag."""
+    rows = (
+        ("slowed_time", "Slow Flow: nearest time on a real path"),
+        ("probe_ode", "probe lag, Euler 20"),
+        ("probe_sde", "probe lag, SDE 8"),
+    )
+
+    def draw(figure: Any) -> None:
+        axes = figure.subplots(len(rows), len(measured), sharey="row", squeeze=False)
+        for row, (key, title) in enumerate(rows):
+            for axis, (name, result) in zip(axes[row], measured.items(), strict=True):
+                q = result[key]
+                t, values = q["times"], list(zip(*q["values"], strict=True))
+                axis.fill_between(t, values[0], values[-1], alpha=0.2, color="#1f77b4", lw=0)
+                axis.fill_between(t, values[1], values[-2], alpha=0.35, color="#1f77b4", lw=0)
+                axis.plot(t, values[2], color="#1f77b4", lw=1.5)
+                axis.plot([0, 1], [0, 1] if key == "slowed_time" else [0, 0], "k--", lw=0.8)
+                axis.set_title(f"{'before: ' if name == 'base' else 'after: '}{name}" if row == 0 else "", fontsize=9)
+                axis.tick_params(labelsize=7)
+                axis.grid(alpha=0.25)
+            axes[row][0].set_ylabel(title, fontsize=8)
+        for axis in axes[-1]:
+            axis.set_xlabel("sampling time t (0 noise, 1 data)", fontsize=8)
+
+    return picture(draw, (3.4 * len(measured), 8))
+
+
+def times_plot(realised: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str]) -> bytes:
+    """PNG of the laws of t, m and t - m as each arm drew them: densities over [0, 1]."""
+    columns = (("t", "t, what the network is told"), ("m", "m, where the sample lies"), ("lag", "t - m, the slowing"))
+
+    def draw(figure: Any) -> None:
+        for axis, (key, title) in zip(figure.subplots(1, len(columns)), columns, strict=True):
+            for name, found in realised.items():
+                bins = len(found[key])
+                density = [count * bins / found["num_draws"] for count in found[key]]
+                axis.stairs(density, found["edges"], color=colours[name], label=name if key == "t" else None)
+            _dress(axis, title, "")
+        if realised:
+            figure.legend(loc="outside lower center", ncols=6, fontsize=7)
+
+    return picture(draw, (12, 3.2))
+
+
+def _is_unguided(cell: str) -> bool:
+    return re.search(r"/s1(?![0-9.])", cell) is not None
+
+
+def _family(cell: str) -> str:
+    """A cell's method with whatever changes it but its number of steps: `euler20-shift2/s1` -> `euler-shift2`."""
+    steps = cell.split("/")[0]
+    method = next((name for name in METHODS if steps.startswith(name)), "")
+    return method + steps[len(method) :].lstrip("0123456789")
+
+
+def _panels(figure: Any, count: int) -> list[Any]:
+    """At least `count` axes, five a row; those left over are not shown."""
+    columns = min(count, 5)
+    axes = list(figure.subplots(-(-count // columns), columns, squeeze=False).flat)
+    for axis in axes[count:]:
+        axis.set_visible(False)
+    return axes
+
+
+def _size(count: int) -> tuple[float, float]:
+    return (3.4 * min(max(count, 2), 5), 3.4 * -(-count // 5) + 1)
+
+
+def _dress(axis: Any, title: str, label: str) -> None:
+    axis.set_title(title, fontsize=9)
+    axis.set_xlabel(label, fontsize=8)
+    axis.tick_params(labelsize=8)
+    axis.grid(alpha=0.25)

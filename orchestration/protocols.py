@@ -1,0 +1,50 @@
+"""Which numbers may stand in one table: those of equal protocols."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from workers.manifest import canonical_hash
+
+# A cell's name is its whole sampler, so cells of one name compare whatever other cells stand beside them; the number
+# of seeds is shown with each interval.
+NOT_COMPARED = ("samplers", "nfe", "replicates")
+ADAPTIVE = "dopri5"  # how often it calls the network is an outcome and no setting
+
+
+class Difference(NamedTuple):
+    """The first key in which two protocols differ (dotted where it lies deeper), and its value in each."""
+
+    key: str
+    first: Any
+    second: Any
+
+
+def fingerprint(protocol: Mapping[str, Any]) -> str:
+    """Hash of what every number of an experiment depends on besides its arm and its cell, 12 hexadecimal digits.
+
+    Metrics of one key `eval/<metric>/<cell>` may be compared where the fingerprints are equal.
+    """
+    return canonical_hash({key: value for key, value in protocol.items() if key not in NOT_COMPARED})[:12]
+
+
+def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> Difference | None:
+    """What keeps the numbers of two protocols out of one table; None if nothing does."""
+    for key in {**first, **second}:
+        if key not in NOT_COMPARED and first.get(key) != second.get(key):
+            return _innermost(Difference(key, first.get(key), second.get(key)))
+    counts = first.get("nfe", {}), second.get("nfe", {})
+    for cell in counts[0]:
+        if cell in counts[1] and not cell.startswith(ADAPTIVE) and counts[0][cell] != counts[1][cell]:
+            return Difference(f"nfe.{cell}", counts[0][cell], counts[1][cell])
+    return None
+
+
+def _innermost(found: Difference) -> Difference:
+    """The first key below, where both values are maps."""
+    first, second = found.first, found.second
+    if not isinstance(first, Mapping) or not isinstance(second, Mapping):
+        return found
+    key = next(key for key in {**first, **second} if first.get(key) != second.get(key))
+    return _innermost(Difference(f"{found.key}.{key}", first.get(key), second.get(key)))
