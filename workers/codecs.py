@@ -207,14 +207,14 @@ class VaeCodec(Codec):
 
     def encode(self, pixels: Tensor) -> Tensor:
         """See Codec."""
-        with _exact(self.device):
+        with exact(self.device):
             images = _checked(pixels, self.config).to(self.device).float() / 127.5 - 1
             posterior = self.vae.encode(images).latent_dist
             return torch.cat([posterior.mean, posterior.std], dim=1)
 
     def decode(self, latent: Tensor) -> Tensor:
         """See Codec."""
-        with _exact(self.device):
+        with exact(self.device):
             images = self.decoder.decode(latent.to(self.device).float() / self.config.scale + self.config.shift).sample
         return quantise(images, self.config.rounding)
 
@@ -248,7 +248,7 @@ class RaeCodec(Codec):
     def encode(self, pixels: Tensor) -> Tensor:
         """See Codec."""
         channels, side, _ = self.latent_shape
-        with _exact(self.device):
+        with exact(self.device):
             images = _checked(pixels, self.config).to(self.device).float() / 255
             images = _resize(images, side * self.encoder.config.patch_size)
             mean, std = _imagenet(self.device)
@@ -258,7 +258,7 @@ class RaeCodec(Codec):
 
     def decode(self, latent: Tensor) -> Tensor:
         """See Codec."""
-        with _exact(self.device):
+        with exact(self.device):
             mean, std = _imagenet(self.device)
             images = self.decoder(latent.to(self.device).float() * self.std + self.mean) * std + mean
         return quantise(images, self.config.rounding, unit=True)
@@ -298,7 +298,7 @@ def dino_features(encoder: nn.Module, pixels: Tensor, size: int) -> Tensor:
         size: side that the encoder sees, a multiple of its patch: 224 for images of 256 px, 448 for 512.
     """
     device = next(encoder.parameters()).device
-    with _exact(device):
+    with exact(device):
         mean, std = _imagenet(device)
         return _patch_tokens(encoder, _resize((pixels.to(device).float() / 255 - mean) / std, size))
 
@@ -398,7 +398,7 @@ def _check_hash(name: str, path: Path, found: str, stated: str) -> None:
 
 
 @contextmanager
-def _exact(device: torch.device) -> Iterator[None]:
+def exact(device: torch.device) -> Iterator[None]:
     """Full fp32 without gradients, whatever precision the surrounding loop set: cuDNN alone would use TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

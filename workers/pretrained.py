@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
@@ -38,6 +39,24 @@ def load_dinov2(directory: Path) -> Any:
     if config.model_type not in kinds:
         raise ValueError(f"{directory} must hold a model of {' or '.join(kinds)}, got {config.model_type!r}")
     return _inference(_load(kinds[config.model_type], directory, "config.json", _complete=True, use_safetensors=True))
+
+
+def load_clip(directory: Path) -> Clip:
+    """A CLIP in fp32, for inference, from config.json, model.safetensors, preprocessor_config.json and tokenizer.json.
+
+    A merges.txt or vocab.json beside them is not read. Images are prepared by Pillow: without torchvision, and the same
+    on every machine.
+
+    Raises:
+        ValueError: the directory is not in that layout.
+    """
+    from transformers import CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
+
+    return Clip(
+        _inference(_load(CLIPModel, directory, "config.json", _complete=True, use_safetensors=True)),
+        _load(CLIPTokenizer, directory, "tokenizer.json"),
+        _load(CLIPImageProcessorPil, directory, "preprocessor_config.json"),
+    )
 
 
 def build_sd3(config: Mapping[str, Any]) -> Any:
@@ -79,6 +98,42 @@ class TextEncoders:
             max_sequence_length=self.max_length,
         )
         return text.float(), pooled.float()
+
+
+class Clip:
+    """A CLIP of transformers with the tokenizer and the preprocessing of its own directory, from `load_clip`."""
+
+    def __init__(self, model: Any, tokenizer: Any, preprocess: Any) -> None:
+        self.model, self.tokenizer, self.preprocess = model, tokenizer, preprocess
+        self.max_length: int = model.config.text_config.max_position_embeddings
+
+    def tokens(self, captions: Sequence[str]) -> Mapping[str, Tensor]:
+        """Tokens of captions, (B, max_length), padded to the full length: a caption's do not depend on its batch.
+
+        Raises:
+            ValueError: a caption has more tokens than the model has positions; a cut one would be scored as another.
+        """
+        rows = self.tokenizer(list(captions), verbose=False)["input_ids"]
+        for caption, row in zip(captions, rows, strict=True):
+            if len(row) > self.max_length:
+                raise ValueError(
+                    f"captions must have at most {self.max_length} tokens for this CLIP, got {len(row)} for "
+                    f"{caption!r}; shorten it"
+                )
+        return self.tokenizer.pad(
+            {"input_ids": rows}, padding="max_length", max_length=self.max_length, return_tensors="pt"
+        )
+
+    def embed_captions(self, captions: Sequence[str]) -> Tensor:
+        """Projected embeddings (B, D) of captions; raises what `tokens` raises."""
+        tokens = {name: value.to(self.model.device) for name, value in self.tokens(captions).items()}
+        return self.model.get_text_features(**tokens).pooler_output
+
+    def embed_images(self, pixels: Tensor) -> Tensor:
+        """Projected embeddings (B, D) of pixels (B, 3, H, W), uint8."""
+        images = [Image.fromarray(image) for image in pixels.cpu().permute(0, 2, 3, 1).numpy()]
+        values = self.preprocess(images, return_tensors="pt")["pixel_values"]
+        return self.model.get_image_features(pixel_values=values.to(self.model.device)).pooler_output
 
 
 def _load(kind: Any, directory: Path, wanted: str, *, _complete: bool = False, **settings: Any) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,30 @@ def tiny_dinov2(directory: Path, registers: bool = True, *, seed: int = 0) -> st
     else:
         model = Dinov2Model(Dinov2Config(**shape))
     _scatter(model, seed).save_pretrained(directory)
+    return directory_hash(directory)
+
+
+def tiny_clip(directory: Path, *, seed: int = 0) -> str:
+    """A CLIP of 12 tokens and images of 28 px, with the files of published ones; returns its directory_hash."""
+    from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+    signs = [chr(code) for code in range(33, 127)]
+    merges = [("r", "e"), ("re", "d</w>"), ("c", "a"), ("ca", "t</w>")]
+    words = [*signs, *(f"{sign}</w>" for sign in signs), *(a + b for a, b in merges)]
+    vocab = {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
+    CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=12).save_pretrained(directory)
+    shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    special = {"bos_token_id": len(vocab) - 2, "eos_token_id": len(vocab) - 1, "pad_token_id": len(vocab) - 1}
+    text = {**shape, **special, "vocab_size": len(vocab), "max_position_embeddings": 12}
+    vision = {**shape, "image_size": 28, "patch_size": 14}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=6)
+    _scatter(CLIPModel(config), seed).save_pretrained(directory)
+    preprocess = {
+        "crop_size": 28, "do_center_crop": True, "do_normalize": True, "do_resize": True, "resample": 3, "size": 28,
+        "feature_extractor_type": "CLIPFeatureExtractor",
+        "image_mean": [0.48145466, 0.4578275, 0.40821073], "image_std": [0.26862954, 0.26130258, 0.27577711],
+    }  # fmt: skip
+    (directory / "preprocessor_config.json").write_text(json.dumps(preprocess))
     return directory_hash(directory)
 
 
