@@ -15,7 +15,6 @@ from mixflow_core.correctives import SamplingCorrective, TrainingCorrective
 from mixflow_core.interpolant import Interpolant, PathName
 from mixflow_core.loss import Prediction, Weighting, times_defined
 from mixflow_core.mixture import SlowedMixture
-from mixflow_core.samplers import Sampler
 from orchestration.sections import Arm, Base, Claim, Cluster, Data, Evaluation, Guide
 from orchestration.wording import one_line
 from workers.codecs import CodecConfig

@@ -106,6 +106,29 @@ def recipe_tensor(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     return (0.3 if "adaLN_modulation" in name else 0.8) * value / fan_in**0.5
 
 
+def inception_weights(seed: int) -> dict[str, Tensor]:
+    """A state dict of the FID-Inception's published names and shapes whose activations neither fade nor grow.
+
+    By the recipe of recipe_tensor, matrices and kernels times 1.75; variances are 0.6 plus 5 times its absolute value.
+    """
+    weights = {}
+    for name, shape in published_keys("inception").items():
+        value = recipe_tensor(name, tuple(shape), seed)
+        if name.endswith(".num_batches_tracked"):
+            value = torch.tensor(0)
+        elif name.endswith(".running_var"):
+            value = 0.6 + 5 * value.abs()
+        elif len(shape) > 1:
+            value = 1.75 * value
+        weights[name] = value
+    return weights
+
+
+def recipe_pixels(shape: tuple[int, ...], seed: int) -> Tensor:
+    """uint8 images: the recipe's normals of the name input_x, times 50, plus 128, cut to [0, 255]."""
+    return (50 * recipe_tensor("input_x", shape, seed) + 128).clamp(0, 255).to(torch.uint8)
+
+
 def assert_full_size(model: torch.nn.Module, name: str, position_table: Tensor, t: Tensor, sign: int) -> None:
     """A real-size network with the recipe's weights says what the published one said; sign -1 for reversed time."""
     info = json.loads((GOLDEN / "fullsize.json").read_text())

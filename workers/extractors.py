@@ -36,20 +36,25 @@ class ExtractorConfig:
     """Which network sees the images: a part of the protocol of every number.
 
     Attributes:
-        kind: `inception` (the FID-Inception) or `dinov2` (FD-DINOv2's encoder).
-        weights: local path: of the file for inception, of the directory in transformers' layout for dinov2.
+        kind: `digits` (a classifier trained on the experiment's own images), `inception` (the FID-Inception), `dinov2`
+            (FD-DINOv2's encoder) or `clip` (which scores images against their captions).
+        weights: URI, left out for digits: of the file for inception, else of a directory in transformers' layout.
         sha256: of that file, or directory_hash of that directory. The published FID-Inception's is
             6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2.
     """
 
-    kind: Literal["inception", "dinov2"]
-    weights: str
-    sha256: str
+    kind: Literal["digits", "inception", "dinov2", "clip"]
+    weights: str = ""
+    sha256: str = ""
 
     __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012 - read by pydantic, not a field
 
     def __post_init__(self) -> None:
         """Raises ValueError when there is no path or the hash is none."""
+        if self.kind == "digits":
+            if self.weights or self.sha256:
+                raise ValueError(f"weights must be left out for digits, which are trained here, got {self.weights!r}")
+            return
         if not self.weights:
             raise ValueError(f"weights must be given for the extractor {self.kind}, got ''; name a local path")
         if not re.fullmatch("[0-9a-f]{64}", self.sha256):
@@ -80,7 +85,8 @@ class Extractor:
     """
 
     def __init__(self, config: ExtractorConfig, device: torch.device) -> None:
-        self.name, self.identity, self.device = config.kind, config.sha256, device
+        self.name: str = config.kind
+        self.identity, self.device = config.sha256, device
 
     @property
     def dimension(self) -> int:
@@ -101,6 +107,19 @@ def open_extractor(config: ExtractorConfig, device: torch.device) -> Extractor:
     """
     _verify(config.kind, config.weights, config.sha256)
     return InceptionExtractor(config, device) if config.kind == "inception" else DinoExtractor(config, device)
+
+
+def dimension_of(config: ExtractorConfig) -> int | None:
+    """The number of features of a network, after opening it on the CPU; None of CLIP, which scores images.
+
+    Raises:
+        ValueError: see open_extractor.
+    """
+    device = torch.device("cpu")
+    if config.kind == "clip":
+        ClipScore(config.weights, config.sha256, device)
+        return None
+    return open_extractor(config, device).dimension
 
 
 class InceptionExtractor(Extractor):

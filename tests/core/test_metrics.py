@@ -8,13 +8,16 @@ import numpy as np
 import pytest
 import torch
 from scipy import linalg
-from toys import normals
+from toys import normals, uniforms
 
 from mixflow_core.metrics import (
+    Gaussian,
     Moments,
     frechet_distance,
+    inception_score,
     kernel_distance,
     precision_recall,
+    subset_kernel_distance,
 )
 
 
@@ -75,11 +78,11 @@ def test_frechet_distance_of_equal_sets_is_zero():
 
 def test_frechet_distance_of_singular_covariances():
     d = 40
-    a, b = Moments.of(features(1, 12, d)), Moments.of(features(2, 15, d))
+    a, b = Moments.of(features(1, 12, d)).gaussian, Moments.of(features(2, 15, d)).gaussian
     # A small multiple of the identity makes them regular and moves the distance continuously.
     gap = []
     for eps in (1e-6, 1e-8):
-        covariances = [m.covariance.numpy() + eps * np.eye(d) for m in (a, b)]
+        covariances = [g.covariance.numpy() + eps * np.eye(d) for g in (a, b)]
         cross = np.trace(linalg.sqrtm(covariances[0] @ covariances[1])).real
         expected = float((a.mean - b.mean).square().sum()) + sum(np.trace(c) for c in covariances) - 2 * cross
         gap.append(abs(frechet_distance(a, b) - expected))
@@ -92,6 +95,97 @@ def test_frechet_distance_of_singular_covariances():
     x[:, :2], y[:, :2] = features(3, 50, 2), features(4, 50, 2)
     in_plane = frechet_distance(Moments.of(x[:, :2]), Moments.of(y[:, :2]))
     assert frechet_distance(Moments.of(x), Moments.of(y)) == pytest.approx(in_plane, rel=1e-9)
+
+
+def rotated(seed, variances):
+    """A covariance with these variances along axes that depend on the seed."""
+    axes = np.linalg.qr(normals(seed, len(variances), len(variances)).numpy())[0]
+    return torch.from_numpy(axes * variances @ axes.T)
+
+
+def test_frechet_distance_keeps_its_digits_where_variances_differ_by_many_orders():
+    """Two covariances with common axes have a known distance; features of a network are like that."""
+    a, ratio = np.logspace(1, -12, 150), 1 + uniforms(5, 150).numpy()
+    mean = torch.zeros(150)
+    found = frechet_distance(Gaussian(mean, rotated(1, a)), Gaussian(mean, rotated(1, a * ratio)))
+    assert found == pytest.approx(((np.sqrt(a * ratio) - np.sqrt(a)) ** 2).sum(), abs=1e-10)
+
+
+def test_a_reference_of_mean_and_covariance_alone():
+    a, b = Moments.of(features(1, 400, 8)), Moments.of(features(2, 300, 8, scale=1.4, shift=0.3))
+    reference = Gaussian(b.mean.float(), b.covariance)  # published files have float32 means
+    assert frechet_distance(a, reference) == pytest.approx(frechet_distance(a, b), rel=1e-6)
+    assert frechet_distance(a, Gaussian(b.mean, b.covariance)) == frechet_distance(a, b)
+    assert reference.root is reference.root, "kept: a reference is compared with many samples"
+    torch.testing.assert_close(reference.root @ reference.root.T, b.covariance)
+    points = [Gaussian(torch.tensor([value]), torch.zeros(1, 1)) for value in (0.1, 0.3)]
+    apart = float(np.float64(np.float32(0.3)) - np.float64(np.float32(0.1)))
+    assert frechet_distance(*points) == pytest.approx(apart**2, rel=1e-12)
+
+
+def test_fewer_features_than_dimensions_are_refused():
+    d = 8
+    enough, few = Moments.of(features(1, d + 1, d)), Moments.of(features(2, d, d))
+    assert frechet_distance(enough, enough.gaussian) == pytest.approx(0, abs=1e-9)
+    for pair in ((few, enough), (enough, few), (few, enough.gaussian)):
+        with pytest.raises(ValueError, match="more than their dimension 8") as caught:
+            frechet_distance(*pair)
+        assert str(caught.value) == (
+            "features must number more than their dimension 8 for a Frechet distance, got 8; take at least 9 images, "
+            "better ten times as many"
+        )
+
+
+def test_what_is_no_gaussian_is_refused():
+    mean, covariance = torch.zeros(3), torch.eye(3)
+    with pytest.raises(ValueError, match=r"^covariance must have shape \(D, D\) for .*, got \(3, 4\), \(3,\)$"):
+        Gaussian(mean, torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"^covariance must have shape .*, got \(2, 2\), \(3,\)$"):
+        Gaussian(mean, torch.eye(2))
+    for bad in ((mean, covariance * math.nan), (mean + math.inf, covariance)):
+        with pytest.raises(ValueError, match=r"^mean and covariance must be finite"):
+            Gaussian(*bad)
+    indefinite = Gaussian(mean, torch.tensor([1.0, 2.0, -0.5]).diag())
+    with pytest.raises(ValueError, match=r"^covariance must have no negative eigenvalue, got -0\.5; take another"):
+        frechet_distance(Gaussian(mean, covariance), indefinite)
+    with pytest.raises(ValueError, match=r"^features must have one dimension, got 3 and 2; use one extractor$"):
+        frechet_distance(Gaussian(mean, covariance), Gaussian(torch.zeros(2), torch.eye(2)))
+
+
+# Inception Score
+
+
+def naive_inception_score(logits, bounds):
+    scores = []
+    for low, high in bounds:
+        rows = [[math.exp(value) for value in row] for row in logits[low:high]]
+        p = [[value / sum(row) for value in row] for row in rows]
+        mean = [sum(column) / len(p) for column in zip(*p, strict=True)]
+        kl = [sum(x * math.log(x / y) for x, y in zip(row, mean, strict=True)) for row in p]
+        scores.append(math.exp(sum(kl) / len(kl)))
+    return np.mean(scores), np.std(scores)
+
+
+def test_inception_score_is_the_published_formula():
+    logits = 2 * normals(1, 11, 5)
+    bounds = [(0, 2), (2, 5), (5, 8), (8, 11)]  # floor(i * 11 / 4)
+    assert inception_score(logits, splits=4) == pytest.approx(naive_inception_score(logits.tolist(), bounds), rel=1e-12)
+    tenths = [(i, i + 1) for i in range(10)]
+    assert naive_inception_score(logits[:10].tolist(), tenths) == pytest.approx((1, 0))
+    assert inception_score(logits[:10]) == pytest.approx((1, 0), abs=1e-12)
+
+
+def test_inception_score_of_sure_and_of_undecided_classifiers():
+    sure = 1000 * torch.eye(4).repeat(5, 1)
+    assert inception_score(sure, splits=5) == pytest.approx((4, 0), abs=1e-12)
+    assert inception_score(torch.zeros(20, 7), splits=2) == pytest.approx((1, 0), abs=1e-12)
+    assert inception_score(sure[:2], splits=1) == pytest.approx((2, 0), abs=1e-12)  # two of the classes never come
+
+
+@pytest.mark.parametrize("splits", [0, 8])
+def test_more_splits_than_images_are_refused(splits):
+    with pytest.raises(ValueError, match=rf"^splits must lie in \[1, 7\], the number of images, got {splits}; take"):
+        inception_score(normals(1, 7, 3), splits=splits)
 
 
 # Kernel distance, precision and recall
@@ -119,6 +213,17 @@ def test_kernel_distance_is_unbiased():
     values = [kernel_distance(normals(2 * k, 20, 3), normals(2 * k + 1, 20, 3)) for k in range(400)]
     assert abs(np.mean(values)) < 4 * np.std(values) / math.sqrt(400)
     assert min(values) < 0
+
+
+def test_kernel_distance_over_subsets_is_the_published_mean_and_deviation():
+    a, b = features(1, 30, 4), features(2, 23, 4, shift=0.5)
+    rows = np.random.default_rng(3)
+    subsets = [tuple(torch.from_numpy(rows.choice(n, 9, replace=False)) for n in (30, 23)) for _ in range(6)]
+    values = [naive_kernel_distance(a[i], b[j]) for i, j in subsets]
+    found = subset_kernel_distance(a, b, subsets)
+    assert found == pytest.approx((np.mean(values), np.std(values)), rel=1e-10)
+    # Both estimate the same number.
+    assert abs(found[0] - kernel_distance(a, b)) < 4 * np.std(values) / math.sqrt(6)
 
 
 def naive_coverage(support, points, k):

@@ -203,7 +203,9 @@ def test_arms_that_differ_in_sampling_alone_share_their_training(file):
 
 def test_a_slowed_arm_with_a_corrective_needs_its_own_control(file):
     arm = "arms.slowed={corrective: {input_perturbation: 0.1}}"
-    with pytest.raises(ValueError, match="must include the matched-marginal control of 'slowed'.*or set its judged to"):
+    with pytest.raises(
+        ValueError, match=r"must include the matched-marginal control of 'slowed'.*or set its judged to"
+    ):
         load(str(file), [arm])
     control = "arms.its={mixture: {condition_on: m}, corrective: {input_perturbation: 0.1}}"
     assert load(str(file), [arm, control]).controls_of("slowed") == ["standard", "its"]
@@ -224,7 +226,7 @@ def test_several_bases_are_trained_with_seeds_of_their_own(file):
     assert one.arm_run("mixflow", 4) == experiment.arm_run("mixflow", 4)
     with pytest.raises(ValueError, match="replicates times bases must be at least 2 for an interval, got 1"):
         load(str(file), ["replicates=1"])
-    with pytest.raises(ValueError, match="bases must be 1 for a given base.checkpoint, got 2"):
+    with pytest.raises(ValueError, match=r"bases must be 1 for a given base\.checkpoint, got 2"):
         load(str(file), ["bases=2", "base={checkpoint: /x.pt, sha256: " + "a" * 64 + "}"])
 
 
@@ -247,7 +249,7 @@ def test_several_bases_are_trained_with_seeds_of_their_own(file):
     ],
 )
 def test_wrong_evaluations_and_arms(file, override, words):
-    with pytest.raises(ValueError, match="^[^\n]*$") as raised:
+    with pytest.raises(ValueError, match=r"^[^\n]*$") as raised:
         load(str(file), [override])
     assert words in str(raised.value)
 
