@@ -42,7 +42,10 @@ def metric_curves(
                     )
                     found = [arm["metrics"][cell][metric] for cell in cells]
                     x = [nfe[cell] + SHIFTS.get(family, 0.6) for cell in cells]
-                    error = [[i["mean"] - i["low"] for i in found], [i["high"] - i["mean"] for i in found]]
+                    # A single pair has no interval, and no bar.
+                    error = [
+                        [0 if i[end] is None else abs(i["mean"] - i[end]) for i in found] for end in ("low", "high")
+                    ]
                     label = f"{name} ({family})" if metric == metrics[0] else None
                     style = {"fmt": STYLES.get(family, "D"), "color": colours[name], "capsize": 2, "ms": 4, "lw": 1.2}
                     axis.errorbar(x, [i["mean"] for i in found], error, label=label, **style)
@@ -59,7 +62,8 @@ def count_curves(arms: Mapping[str, Any], cell: str, colours: Mapping[str, str])
     Frechet distances of few samples are biased upwards: only numbers of equal counts compare.
     """
     counts = {name: arm.get("by_count", {}).get(cell, {}) for name, arm in arms.items()}
-    metrics = list(dict.fromkeys(m for found in counts.values() for m in found if lower_is_better(m) is not False))
+    metrics = list(dict.fromkeys(m for found in counts.values() for m, rows in found.items() if rows))
+    metrics = [metric for metric in metrics if lower_is_better(metric) is not False]
     if not metrics:
         return None
 

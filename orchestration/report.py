@@ -64,6 +64,14 @@ def text_table(summary: Mapping[str, Any]) -> str:
     for name, arm in summary["arms"].items():
         rows.append((name, format_interval(arm["metrics"][cell][metric]), arm["verdict"]["verdict"]))
         rows += [("", f"  {reason}", "") for reason in arm["verdict"]["reasons"]]
+    for claim in summary.get("claims", ()):
+        found = claim["cells"][cell]
+        text = (
+            f"  {claim['expected']} than {claim['control']}"
+            if claim["expected"] != "equal"
+            else f"  equal to {claim['control']}"
+        )
+        rows.append((claim["arm"], f"{text}, as published: {format_interval(found, signed=True)}", found["agreement"]))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows)
 

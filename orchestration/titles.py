@@ -18,6 +18,7 @@ SCORES = {
     "recall": "Recall",
     "density": "Density",
     "coverage": "Coverage",
+    "clip_score": "CLIP score",
 }
 SPACES = {
     "digits": "classifier features",

@@ -17,8 +17,9 @@ from test_results import ARM_LEVELS, CELLS, PRIMARY, Fabricated
 from orchestration.report import text_table, write_report
 from orchestration.results import format_interval, summarise
 from orchestration.titles import companions, title
-from workers.evaluate import METRICS
+from workers.evaluate import metrics_of
 
+METRICS = metrics_of(["digits"])
 HOSTILE = "<b onclick=alert(1)>&\"'"
 
 
@@ -181,7 +182,7 @@ def enriched(written, tmp_path_factory) -> Page:
             found["fd_digits"]["within_sd"] = 0.0625
             for by_cell in arm["differences"].values():
                 by_cell[cell]["fd_digits"] |= {"call": "inconclusive", "pairs_needed": 13}
-                by_cell[cell]["recall"] |= {"call": "better", "pairs_needed": 2}
+                by_cell[cell]["precision_digits"] |= {"call": "better", "pairs_needed": 2}
         arm["by_count"] = {"euler20/s1": {"fd_digits": [[500, 12.0 + level], [2000, 9.0 + level]]}}
     directory = tmp_path_factory.mktemp("enriched")
     write_report(made.workspace, summary, directory)
@@ -204,8 +205,10 @@ def test_both_sources_of_variation_are_shown(enriched, written):
 
 def test_recall_and_full_resolution_stand_beside_a_feature_distance(enriched, written):
     assert "recall_digits, fd_patches 0.3125, 77.00" in enriched.text
-    recall, pixels = (written[1]["arms"]["none"]["metrics"]["euler20/s1"][m]["mean"] for m in ("recall", "fd_pixels"))
-    assert f"recall, fd_pixels {recall:.4f}, {pixels:.2f}" in written[0].text
+    recall, pixels = (
+        written[1]["arms"]["none"]["metrics"]["euler20/s1"][m]["mean"] for m in ("recall_digits", "fd_patches")
+    )
+    assert f"recall_digits, fd_patches {recall:.4f}, {pixels:.2f}" in written[0].text
 
 
 def test_a_call_is_shown_with_the_pairs_that_it_lacks(enriched):
