@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from orchestration.launch import TRACKED_KINDS
@@ -67,9 +67,9 @@ class Recorder:
         name = f"{experiment.name}-{experiment.identity[:6]}"
         self.tell("start_run", EXPERIMENT, name, experiment.model_dump(mode="json"), tags)
         for stage in self.trained:
-            _, arm, replicate = f"{stage.name}//".split("/")[:3]
+            arm, _, replicate = stage.name.removeprefix("arms/").partition("/")
             settings = stage.settings.get("run", stage.settings)
-            self._start_child(stage.name, arm or "base", replicate or "0", settings, kind="arm" if arm else "base")
+            self._start_child(stage.name, arm, replicate, settings, kind="base" if stage.kind == "base" else "arm")
 
     def training(self) -> None:
         """Histories, weights and cost of all trainings."""
@@ -89,7 +89,7 @@ class Recorder:
                 "mixflow.checkpoints": meta.get("checkpoints", "none: the weights were given"),
                 "mixflow.code": meta["code"],
                 **({"mixflow.device": meta["device"]} if "device" in meta else {}),
-                **self._lineage(),
+                **self._lineage(stage.inputs if stage.kind == "arms" else (stage.name,)),
             }
             self.tell("tags", stage.name, tags)
         self.tell("tags", EXPERIMENT, self._lineage())
@@ -108,6 +108,7 @@ class Recorder:
                     f"eval/{metric}/{cell}": interval["values"][k]
                     for cell, metrics in arm["metrics"].items()
                     for metric, interval in metrics.items()
+                    if k < len(interval["values"])  # a cell of the first base alone has no more
                 }
                 self._log(run, values)
                 samples, metrics = (self.workspace.result(f"{kind}/{name}/{k}") for kind in ("samples", "metrics"))
@@ -115,7 +116,8 @@ class Recorder:
                 grids = [f"{samples.path}/{file}" for file in samples.manifest.files if file.endswith(".png")]
                 self.tell("artifacts", run, grids, "")  # MLflow's page of compared runs shows no folders
                 verdict = {"mixflow.verdict": arm["verdict"]["verdict"]}
-                tags = {"mixflow.samples": samples.full_uri, **protocol, **verdict, **self._lineage()}
+                base = experiment.base_stage(experiment.base_of(k))
+                tags = {"mixflow.samples": samples.full_uri, **protocol, **verdict, **self._lineage((base,))}
                 self.tell("tags", run, tags)
                 if not trained:
                     self.tell("end_run", run, "FINISHED")
@@ -152,18 +154,19 @@ class Recorder:
 
     def _start_child(self, run: str, arm: str, replicate: str, settings: Mapping[str, Any], *, kind: str) -> None:
         """A run below the parent, called `<arm>/<replicate>`: short, because MLflow's charts show names."""
-        tags = {"mixflow.kind": kind, "mixflow.arm": arm, "mixflow.replicate": replicate}
-        params = {"arm": arm, "replicate": replicate, **settings}
-        name = f"{arm}/{replicate}" if kind == "arm" else arm
+        tags = {"mixflow.kind": kind, "mixflow.arm": arm, "mixflow.replicate": replicate or "0"}
+        params = {"arm": arm, "replicate": replicate or "0", **settings}
+        name = f"{arm}/{replicate}" if replicate else arm
         self.tell("start_run", run, name, params, tags, EXPERIMENT)
 
     def _log(self, run: str, values: Mapping[str, float]) -> None:
         """Values that a run has once: at step 0, where MLflow draws bars, one a run, instead of curves of one point."""
         self.tell("log", run, [Metric(key, 0, value, _now_ms()) for key, value in values.items()])
 
-    def _lineage(self) -> dict[str, str]:
-        """What every run of the experiment goes back to."""
-        base, data = self.workspace.artifact("base"), self.workspace.artifact("data")
+    def _lineage(self, stages: Sequence[str] = ()) -> dict[str, str]:
+        """The data that every run goes back to, and the base among the stages named, or the only one."""
+        names = [name for name in stages or [self.workspace.experiment.base_stage()] if name.startswith("base")]
+        base, data = self.workspace.artifact(names[0]) if names else None, self.workspace.artifact("data")
         found = {"mixflow.base_sha256": _weights_of(base)} if base else {}
         return {**found, "mixflow.data": data.manifest.digest} if data else found
 
