@@ -1,0 +1,59 @@
+"""What the processes of a gloo group run for test_measuring.py: sampling and measuring stages of a small experiment."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from orchestration.recipe import load
+from orchestration.stages import Site, run_stages
+from orchestration.storage import open_storage
+from orchestration.workflow import Workspace
+
+SMALL = (
+    "base.train.steps=20",
+    "base.train.log_every=10",
+    "base.train.checkpoint_every=20",
+    "base.train.global_batch_size=32",
+    "training.steps=10",
+    "training.log_every=10",
+    "training.checkpoint_every=10",
+    "training.global_batch_size=32",
+    "evaluation.samplers=[{method: euler, num_steps: 3}, {method: sde, num_steps: 3}, "
+    "{method: euler, num_steps: 3, guidance_scale: 1.5}]",
+    "evaluation.num_samples=180",
+    "evaluation.sample_batch_size=20",
+    "evaluation.slow_flow_samples=20",
+    "evaluation.label_law=random",
+    "evaluation.primary=fd_digits/euler3/s1",
+    "replicates=2",
+)
+
+
+def run_group(world_size: int, workspace: Path, kinds: Sequence[str], overrides: Sequence[str] = SMALL) -> None:
+    """Runs the stages of these kinds on `world_size` processes (this one, if 1)."""
+    arguments = (world_size, workspace, tuple(kinds), tuple(overrides))
+    if world_size == 1:
+        run_rank(0, *arguments)
+    else:
+        (workspace / "group").unlink(missing_ok=True)
+        mp.spawn(run_rank, arguments, nprocs=world_size)
+
+
+def run_rank(rank: int, world_size: int, directory: Path, kinds: Sequence[str], overrides: Sequence[str]) -> None:
+    """One process's part."""
+    torch.set_num_threads(1)
+    from workers import sample
+
+    sample.PART_IMAGES = 60  # three parts a cell, as 3,000 images of the real size have
+    if world_size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{directory}/group", rank=rank, world_size=world_size)
+    workspace = Workspace(load("quickstart", overrides), open_storage(str(directory / "ws")))
+    site = Site(workspace, rank, world_size, torch.device("cpu"), directory / "cache", lambda *told: None)
+    run_stages(site, [stage for stage in workspace.stages.values() if stage.kind in kinds])
+    if world_size > 1:
+        dist.destroy_process_group()

@@ -1,0 +1,149 @@
+"""Samples and metrics: the same bytes from any number of workers, and nothing that was done is done again."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from stage_group import SMALL, run_group
+
+from orchestration import stages
+from orchestration.convert import export_samples
+from orchestration.progress import Progress
+from orchestration.recipe import load
+from orchestration.run import Place, _driver_stages
+from orchestration.storage import open_storage
+from orchestration.workflow import Workspace
+from workers.data import digits
+from workers.sample import read_part
+
+BEFORE = ("base", "features", "reference", "slow-flow", "arms")
+CELLS = ("euler3-s1", "sde3-s1", "euler3-s1.5")
+
+
+def workspace_of(directory: Path) -> Workspace:
+    return Workspace(load("quickstart", SMALL), open_storage(str(directory / "ws")))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """All that comes before sampling."""
+    directory = tmp_path_factory.mktemp("trained")
+    workspace = workspace_of(directory)
+    progress = Progress(list(workspace.stages), 0)
+    _driver_stages(workspace, list(workspace.stages.values()), progress)
+    progress.close()
+    run_group(1, directory, BEFORE)
+    return directory
+
+
+def copy_of(trained: Path, target: Path) -> Path:
+    shutil.copytree(trained, target)
+    return target
+
+
+def digests(directory: Path, kind: str) -> dict[str, str]:
+    workspace = workspace_of(directory)
+    return {name: workspace.result(name).manifest.digest for name, s in workspace.stages.items() if s.kind == kind}
+
+
+@pytest.fixture(scope="module")
+def alone(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = copy_of(trained, tmp_path_factory.mktemp("alone") / "1")
+    run_group(1, directory, ("samples", "metrics"))
+    return directory
+
+
+def test_any_number_of_workers_writes_the_same_bytes(trained, alone, tmp_path):
+    for workers in (2, 3):
+        directory = copy_of(trained, tmp_path / str(workers))
+        run_group(workers, directory, ("samples", "metrics"))
+        for kind in ("samples", "metrics"):
+            assert digests(directory, kind) == digests(alone, kind), (workers, kind)
+        assert not list((directory / "ws" / "parts").rglob("*.json")), "records go when the manifest is there"
+
+
+def test_samples_lie_in_parts_with_their_labels(alone):
+    artifact = workspace_of(alone).result("samples/mixflow/0")
+    assert set(artifact.manifest.files) == {
+        *(f"{cell}-{number:05d}.parquet" for cell in CELLS for number in range(3)), *(f"{cell}.png" for cell in CELLS)
+    }  # fmt: skip
+    parts = [read_part(Path(artifact.full_uri) / f"sde3-s1-{number:05d}.parquet") for number in range(3)]
+    assert [tuple(pixels.shape) for pixels, _ in parts] == [(60, 1, 8, 8)] * 3
+    labels = torch.cat([labels for _, labels in parts])
+    assert len(labels.unique()) == 10
+    assert labels.tolist() != [i % 10 for i in range(180)], "the law is random"
+    assert artifact.manifest.meta["nfe"] == {"euler3/s1": 3, "sde3/s1": 3, "euler3/s1.5": 6}
+
+
+def test_what_a_killed_run_had_finished_is_kept(trained, alone, tmp_path, monkeypatch, caplog):
+    directory = copy_of(trained, tmp_path / "killed")
+
+    class Killed(BaseException):
+        pass
+
+    count, write = 0, stages.write_part
+
+    def write_five(path: Path, *content: torch.Tensor) -> None:
+        nonlocal count
+        count += 1
+        if count > 5:
+            raise Killed
+        write(path, *content)
+
+    monkeypatch.setattr(stages, "write_part", write_five)
+    monkeypatch.setattr("workers.sample.PART_IMAGES", 60)
+    with pytest.raises(Killed):
+        run_group(1, directory, ("samples",))
+    done = sorted((directory / "ws" / "samples").rglob("*.parquet"))
+    assert len(done) == 5
+    assert not list((directory / "ws" / "samples").rglob("manifest.json"))
+    spoilt, kept = done[0], done[1:]
+    content = bytearray(spoilt.read_bytes())
+    content[len(content) // 2] ^= 1
+    spoilt.write_bytes(content)
+    written = {path: path.stat().st_ino for path in kept}
+    monkeypatch.setattr(stages, "write_part", write)
+    with caplog.at_level(logging.WARNING):
+        run_group(1, directory, ("samples",))
+    assert {path: path.stat().st_ino for path in kept} == written
+    assert f"{spoilt.name} of samples/none/0 is sampled again: its content is not what its record says" in caplog.text
+    assert digests(directory, "samples") == digests(alone, "samples")
+
+
+def test_the_metrics_are_those_of_the_samples(alone):
+    """Patches of an 8 x 8 image are the image: their distance is the textbook's, by NumPy and SciPy."""
+    from scipy import linalg
+
+    workspace = workspace_of(alone)
+    artifact = workspace.result("samples/standard/1")
+    parts = [read_part(Path(artifact.full_uri) / f"euler3-s1-{number:05d}.parquet")[0] for number in range(3)]
+    a, b = (
+        images.reshape(len(images), -1) / 127.5 - 1
+        for images in (torch.cat(parts).numpy(), digits(8, 597)["held_out"].images)
+    )
+    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
+    root = linalg.sqrtm(cov_a @ cov_b + 1e-12 * np.eye(64)).real
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root)
+    found = json.loads(workspace.result("metrics/standard/1").read("metrics.json"))
+    assert found["euler3/s1"]["fd_patches"] == pytest.approx(expected, abs=1e-4)
+    assert set(found) == {"euler3/s1", "sde3/s1", "euler3/s1.5"}
+    cell = found["euler3/s1"]
+    assert set(cell) == {
+        "fd_digits", "kid_digits", "precision_digits", "recall_digits", "fd_patches", "within", "by_count"
+    }  # fmt: skip
+    assert set(cell["by_count"]["fd_digits"]) == {"90", "180"}, "45 images have no covariance of 64 features"
+    assert 0 < cell["within"]["fd_digits"] < cell["fd_digits"]
+
+
+def test_grey_samples_are_not_exported_for_adm(alone, tmp_path):
+    place = Place(open_storage(str(alone / "ws")), "", [])
+    with pytest.raises(ValueError, match="samples must have 3 colours for ADM's evaluator, got 1"):
+        export_samples(load("quickstart", SMALL), place, "mixflow", 0, None, tmp_path / "x.npz")
+    with pytest.raises(ValueError, match=r"the cell to export must be one of euler3/s1, .*, got 'euler9/s1'"):
+        export_samples(load("quickstart", SMALL), place, "mixflow", 0, "euler9/s1", tmp_path / "x.npz")
