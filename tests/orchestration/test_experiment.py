@@ -128,7 +128,7 @@ def test_a_recipe_survives_json(recipe):
 
 
 def test_the_recipes_are_there():
-    assert {"quickstart", "digits32", *TABLES, *PUBLISHED} == set(recipes())
+    assert {"quickstart", "digits32", "correctives", *TABLES, *PUBLISHED} == set(recipes())
 
 
 @pytest.mark.parametrize("recipe", TABLES)
