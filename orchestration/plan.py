@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import math
 import platform
 import shutil
 import sys
@@ -35,10 +36,12 @@ def make_plan(experiment: Experiment, place: Place) -> dict[str, Any]:
     to_do = {name for name, state in states.items() if state == "to do"}
     to_train = [workspace.stages[n].settings["run"]["training"] for n in to_do if _is_training(workspace, n)]
     images = sum(training["steps"] * training["global_batch_size"] for training in to_train)
-    evaluations = sum(_evaluations(experiment) for name in to_do if name.startswith("samples/"))
+    to_sample = [workspace.stages[name].settings for name in to_do if name.startswith("samples/")]
+    evaluations = sum(_evaluations(settings) for settings in to_sample)
     training = experiment.training
     kept = (training.keep_checkpoints + 1) * 4 + 1  # model, EMA and two moments a checkpoint; the final EMA once
-    sampled = sum(name.startswith("samples/") for name in to_do)
+    images_sampled = sum(len(settings["samplers"]) * settings["num_samples"] for settings in to_sample)
+    sampled_bytes = math.prod(experiment.image_shape) * images_sampled
     return {
         "experiment": experiment.model_dump(mode="json"),
         "identity": experiment.identity,
@@ -50,7 +53,7 @@ def make_plan(experiment: Experiment, place: Place) -> dict[str, Any]:
         "training_steps": sum(training["steps"] for training in to_train),
         "training_flops": float(cost.training_flops * images),
         "sampling_flops": float(cost.forward_flops * evaluations),
-        "storage_gib": (4 * cost.parameters * kept * len(to_train) + _sample_bytes(experiment) * sampled) / GIB,
+        "storage_gib": (4 * cost.parameters * kept * len(to_train) + sampled_bytes) / GIB,
     }
 
 
@@ -119,19 +122,13 @@ def plan_text(plan: Mapping[str, Any], mfu: float, peak_tflops: float) -> str:
     return "\n".join(lines)
 
 
-def _evaluations(experiment: Experiment) -> int:
-    """Network evaluations of all images in every cell, guidance everywhere."""
+def _evaluations(settings: Mapping[str, Any]) -> int:
+    """Network evaluations of all images in every cell of a sampling stage, guidance everywhere."""
     per_step = {"euler": 1, "heun": 2, "sde": 1, "sde_heun": 2, "dopri5": 100}
     steps = sum(
-        s.num_steps * per_step[s.method] * (1 if s.guidance_scale == 1 else 2) for s in experiment.evaluation.samplers
+        s["num_steps"] * per_step[s["method"]] * (1 if s["guidance_scale"] == 1 else 2) for s in settings["samplers"]
     )
-    return steps * experiment.evaluation.num_samples
-
-
-def _sample_bytes(experiment: Experiment) -> int:
-    config, codec, evaluation = experiment.model, experiment.codec, experiment.evaluation
-    pixels = 3 * codec.image_size**2 if codec else config.in_channels * config.input_size**2
-    return pixels * evaluation.num_samples * len(evaluation.samplers)
+    return int(steps * settings["num_samples"])
 
 
 def _is_training(workspace: Workspace, name: str) -> bool:
