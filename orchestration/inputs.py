@@ -46,8 +46,9 @@ def check_inputs(workspace: Workspace) -> None:
                 )
     if experiment.codec:
         _check_codec(experiment, experiment.codec)
+    facts: dict[str, Any] = {}
     if workspace.artifact("data"):
-        check_data(workspace)
+        facts = check_data(workspace)
     elif experiment.data.images and experiment.codec:
         with readable("data.images.source", experiment.data.images.source), of_section("data.images"):
             settings = local_encoders(experiment.data.images)
@@ -56,7 +57,7 @@ def check_inputs(workspace: Workspace) -> None:
             raise ValueError(
                 f"model.num_classes must be the {found} of data.images.source, got {experiment.model.num_classes}"
             )
-    _check_evaluation(workspace)
+    _check_evaluation(experiment, facts)
     for checkpoint in (given_base(experiment), given_guide(experiment)):
         if checkpoint and workspace.artifact(checkpoint.stage) is None:
             with given_weights(checkpoint):
@@ -70,13 +71,17 @@ def check_inputs(workspace: Workspace) -> None:
 # ----------------------------------------------------------------------------------------------------- evaluation
 
 
-def _check_evaluation(workspace: Workspace) -> None:
-    """Opens what images are compared with and in, and whether there are enough of them.
+def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> None:
+    """Opens what images are compared with and in, and looks whether there are enough of them.
+
+    Args:
+        experiment: whose evaluation.
+        facts: of the data, empty while they are not encoded.
 
     Raises:
         ValueError: weights or a reference that cannot be used, or fewer images than a covariance needs.
     """
-    experiment, evaluation = workspace.experiment, workspace.experiment.evaluation
+    evaluation = experiment.evaluation
     split, spatial = evaluation.reference.split, True
     if evaluation.reference.npz:
         with of_section("evaluation.reference"):
@@ -100,13 +105,11 @@ def _check_evaluation(workspace: Workspace) -> None:
                 f"evaluation.num_samples must be more than the {dimension} features of {config.kind}, or their "
                 f"covariance has no full rank, got {evaluation.num_samples}; raise it"
             )
-        if split and (artifact := workspace.artifact("data")):
-            there = json.loads(artifact.read("statistics.json"))[split]["num_images"]
-            if there <= dimension:
-                raise ValueError(
-                    f"evaluation.reference must have more than the {dimension} features of {config.kind}, got "
-                    f"{there} images in {split}; hold out more, or compare with train"
-                )
+        if split and facts and facts[split]["num_images"] <= dimension:
+            raise ValueError(
+                f"evaluation.reference must have more than the {dimension} features of {config.kind}, got "
+                f"{facts[split]['num_images']} images in {split}; hold out more, or compare with train"
+            )
 
 
 def _check_primary(experiment: Experiment, *, images_too: bool, spatial: bool) -> None:
@@ -127,8 +130,8 @@ def local_extractor(config: ExtractorConfig) -> ExtractorConfig:
 # ----------------------------------------------------------------------------------------------------------- data
 
 
-def check_data(workspace: Workspace) -> None:
-    """Whether the data fit the model, the codec and the metrics, by facts that are read once and then kept.
+def check_data(workspace: Workspace) -> dict[str, Any]:
+    """Whether the data fit the model, the codec and the metrics; their facts by split, which are read once and kept.
 
     Raises:
         ValueError: they do not; CorruptError: they were altered.
@@ -144,6 +147,7 @@ def check_data(workspace: Workspace) -> None:
         _check_split(workspace.experiment, split, facts[split])
     if directory:
         storage.put(kept, json.dumps(facts).encode())
+    return facts
 
 
 def _check_split(experiment: Experiment, name: images.Split, facts: Mapping[str, Any]) -> None:

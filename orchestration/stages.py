@@ -198,6 +198,10 @@ def _features(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict
 def _reference(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[str, Any]:
     """What samples are compared with in each extractor's space, and in patches of pixels."""
     source = site.workspace.experiment.evaluation.reference
+    clip, captions = _clip(site, inputs)
+    for start in range(0, len(captions), PART_IMAGES):  # one that is too long is found before anything is trained
+        assert clip, "captions come with it"
+        clip.clip.tokens(captions[start : start + PART_IMAGES])
     extractors = _extractors(site, inputs["features"])
     parts: Callable[[], Iterable[torch.Tensor]]
     if source.split:

@@ -83,7 +83,7 @@ class Artifact:
             CorruptError: the file is missing or not what the manifest says.
         """
         try:
-            content = open_storage(self.uri).read(f"{self.path}/{name}")
+            content = open_storage(self.uri).read(f"{self.path}/{name}".lstrip("/"))
         except FileNotFoundError as error:
             raise CorruptError(self.full_uri, name, "is missing") from error
         if hashlib.sha256(content).hexdigest() != self.manifest.files[name].sha256:

@@ -118,7 +118,7 @@ def recipe(tmp_path: Path) -> Callable[..., str]:
         ("mixture.gamma=1.5", "mixture.gamma must lie in [0, 1], got 1.5; "),
         ("arms.mixflow.mixture.gamma=1.5", "arms.mixflow.mixture: gamma must lie in [0, 1], got 1.5; "),
         ("mixture.gamma=.nan", "mixture.gamma must lie in [0, 1], got nan; "),
-        ("replicates=1", "replicates must be at least 2, got 1"),
+        ("replicates=1", "replicates times bases must be at least 2 for an interval, got 1; raise one"),
         ("training=", "training must be a map of settings, got None"),
         ("arms=[1]", "arms must be a map of settings, got a list of 1"),
         ("evaluation.samplers=[]", "evaluation.samplers must be a list of at least 1, got a list of 0"),

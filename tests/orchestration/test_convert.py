@@ -190,4 +190,4 @@ def test_plan_of_a_published_recipe_costs_without_any_file_and_then_fails(capsys
     assert "to be given: data.images.source, codec.weights, codec.sha256, base.checkpoint, base.sha256" in err
     assert err.count("\n") == 1
     assert main(["plan", "sit-xl-256", "--mfu", "0"]) == 2
-    assert "--mfu must be positive, got 0.0" in capsys.readouterr().err
+    assert "--mfu must lie in (0, 1], got 0.0" in capsys.readouterr().err

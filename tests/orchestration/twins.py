@@ -87,7 +87,7 @@ def _extractors(family: str, home: Path) -> dict[str, Any]:
         return {"extractors": [{"kind": "dinov2", "weights": str(home / "judge"), "sha256": digest}]}
     found: list[dict[str, str]] = [{"kind": "digits"}]
     if family == "sd35":
-        found.append({"kind": "clip", "weights": str(home / "clip"), "sha256": tiny_clip(home / "clip")})
+        found.append({"kind": "clip", "weights": str(home / "clip"), "sha256": tiny_clip(home / "clip", tokens=40)})
     return {"extractors": found}
 
 

@@ -50,18 +50,18 @@ def tiny_dinov2(directory: Path, registers: bool = True, *, seed: int = 0) -> st
     return directory_hash(directory)
 
 
-def tiny_clip(directory: Path, *, seed: int = 0) -> str:
-    """A CLIP of 12 tokens and images of 28 px, with the files of published ones; returns its directory_hash."""
+def tiny_clip(directory: Path, *, seed: int = 0, tokens: int = 12) -> str:
+    """A CLIP of so many tokens and images of 28 px, with the files of published ones; returns its directory_hash."""
     from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
     signs = [chr(code) for code in range(33, 127)]
     merges = [("r", "e"), ("re", "d</w>"), ("c", "a"), ("ca", "t</w>")]
     words = [*signs, *(f"{sign}</w>" for sign in signs), *(a + b for a, b in merges)]
     vocab = {word: number for number, word in enumerate([*words, "<|startoftext|>", "<|endoftext|>"])}
-    CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=12).save_pretrained(directory)
+    CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=tokens).save_pretrained(directory)
     shape = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
     special = {"bos_token_id": len(vocab) - 2, "eos_token_id": len(vocab) - 1, "pad_token_id": len(vocab) - 1}
-    text = {**shape, **special, "vocab_size": len(vocab), "max_position_embeddings": 12}
+    text = {**shape, **special, "vocab_size": len(vocab), "max_position_embeddings": tokens}
     vision = {**shape, "image_size": 28, "patch_size": 14}
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=6)
     _scatter(CLIPModel(config), seed).save_pretrained(directory)
