@@ -178,7 +178,7 @@ def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
 
 
-def precision_recall(real: Tensor, generated: Tensor, *, k: int = 3, block: int = 1000) -> tuple[float, float]:
+def precision_recall(real: Tensor, generated: Tensor, *, k: int = 3, block: int = 2500) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019) of features (N, D) and (M, D).
 
     Precision: the share of generated features within the k-th-neighbour ball of some real one; recall: the reverse.
@@ -196,7 +196,8 @@ def precision_recall(real: Tensor, generated: Tensor, *, k: int = 3, block: int 
 def _radii(points: Tensor, k: int, block: int) -> Tensor:
     """Each point's distance to its k-th neighbour."""
     # The nearest of all is the point itself, at distance 0: hence k + 1.
-    return torch.cat([torch.cdist(rows, points).kthvalue(k + 1, dim=1).values for rows in points.split(block)])
+    nearest = [torch.cdist(rows, points).topk(k + 1, dim=1, largest=False).values for rows in points.split(block)]
+    return torch.cat(nearest)[:, k]
 
 
 @dataclass(frozen=True)

@@ -56,7 +56,7 @@ def metrics(quick: bool) -> Outcome:
         f"Seconds of one CPU thread, fp32 for the networks and float64 for the rest: {images} random images of 256 px "
         f"through the FID-Inception with the same random weights (ours has the normalisations merged into the "
         f"convolutions and gives sFID's features too), and metrics of {count} features of {dimension} dimensions whose "
-        "variances fall by eight orders (`reference kept`: a further sample against a reference used before). They take "
+        "variances fall by eight orders (`reference kept`: another sample against a reference used before). They take "
         "turns in one process, the first of a turn changing; a ratio is of the two of one turn. torch-fidelity 0.4.0."
     )
     settings = {"images": images, "turns": turns, "features": count, "dimension": dimension}
