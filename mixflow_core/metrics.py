@@ -178,19 +178,23 @@ def _mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(math.fsum((value - mean) ** 2 for value in values) / len(values))
 
 
-def precision_recall(real: Tensor, generated: Tensor, *, k: int = 3, block: int = 1000) -> tuple[float, float]:
+def precision_recall(real: Tensor, generated: Tensor, *, k: int = 3, block: int = 2500) -> tuple[float, float]:
     """Improved precision and recall (Kynkaanniemi et al. 2019) of features (N, D) and (M, D).
 
     Precision: the share of generated features within the k-th-neighbour ball of some real one; recall: the reverse.
     """
     real, generated = real.double(), generated.double()
-    return _coverage(real, generated, k, block), _coverage(generated, real, k, block)
+    balls, own_balls = _radii(real, k, block), _radii(generated, k, block)
+    near_real, near_generated = [], torch.zeros_like(balls, dtype=torch.bool)
+    for points, radii in zip(generated.split(block), own_balls.split(block), strict=True):
+        distances = torch.cdist(points, real)
+        near_real.append((distances <= balls).any(1))
+        near_generated |= (distances <= radii[:, None]).any(0)
+    return float(torch.cat(near_real).double().mean()), float(near_generated.double().mean())
 
 
-def _coverage(support: Tensor, points: Tensor, k: int, block: int) -> float:
-    radii = torch.cat(
-        # The nearest neighbour of a support point is itself, at distance 0: hence k + 1.
-        [torch.cdist(rows, support).kthvalue(k + 1, dim=1).values for rows in support.split(block)]
-    )
-    inside = [(torch.cdist(rows, support) <= radii).any(1) for rows in points.split(block)]
-    return float(torch.cat(inside).double().mean())
+def _radii(points: Tensor, k: int, block: int) -> Tensor:
+    """Each point's distance to its k-th neighbour."""
+    # The nearest of all is the point itself, at distance 0: hence k + 1.
+    nearest = [torch.cdist(rows, points).topk(k + 1, dim=1, largest=False).values for rows in points.split(block)]
+    return torch.cat(nearest)[:, k]

@@ -19,6 +19,7 @@ from bench_checkpoint import checkpoint
 from bench_encode import encode
 from bench_gpu import gpu
 from bench_loop import loop, mixture
+from bench_metrics import available, metrics
 from bench_models import models
 from bench_note import Outcome, host_kind, machine, note, now, record, table
 from bench_runs import mlflow, quickstart
@@ -32,6 +33,7 @@ BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
     "quickstart": quickstart,
     "encode": encode,
     "models": models,
+    "metrics": metrics,
     "gpu": gpu,
 }
 
@@ -43,7 +45,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="does everything run? Figures of a few steps mean little")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the note and benchmarks.jsonl")
     options = parser.parse_args(argv)
-    names = options.only or [name for name in BENCHMARKS if name != "gpu" or _has_gpu()]
+    needed = {"gpu": _has_gpu, "metrics": available}
+    names = options.only or [name for name in BENCHMARKS if name not in needed or needed[name]()]
     command = " ".join(["python tests/benchmarks/run.py", *(argv if argv is not None else sys.argv[1:])])
     about, outcomes, start = {"time": now(), **machine()}, [], time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
