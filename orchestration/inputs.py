@@ -90,6 +90,12 @@ def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> None:
                 raise ValueError(f"sha256 must be that of npz, {found}, got {evaluation.reference.sha256}; correct it")
             known = read_reference(path, image_size=experiment.image_shape[1])
         spatial = known.spatial_mean is not None
+        others = [e.kind for e in evaluation.extractors if e.kind not in ("inception", "clip")]
+        if others and known.num_images is None:
+            raise ValueError(
+                "evaluation.extractors must be inception where evaluation.reference has no images (arr_0), "
+                f"got {others[0]}; remove it"
+            )
         _check_primary(experiment, images_too=known.num_images is not None, spatial=spatial)
     for config in evaluation.extractors:
         if config.kind == "digits":

@@ -23,6 +23,7 @@ from bench_metrics import available, metrics
 from bench_models import models
 from bench_note import Outcome, host_kind, machine, note, now, record, table
 from bench_runs import mlflow, quickstart
+from bench_sample import sample
 
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
@@ -32,6 +33,7 @@ BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
     "mlflow": mlflow,
     "quickstart": quickstart,
     "encode": encode,
+    "sample": sample,
     "models": models,
     "metrics": metrics,
     "gpu": gpu,

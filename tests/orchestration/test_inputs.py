@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_dinov2, tiny_rae_decoder, tiny_rae_statistics, tiny_vae
 
 from orchestration import inputs, workflow
 from orchestration.inputs import check_data, local_codec, local_copy
-from orchestration.recipe import load
+from orchestration.recipe import load, read, validated
 from orchestration.storage import Storage, open_storage
 from orchestration.workflow import Workspace
 from workers import data
 from workers.codecs import CodecConfig, open_codec
 from workers.data import digits, write_shards
+from workers.manifest import measure
 
 CPU = torch.device("cpu")
 
@@ -109,3 +112,84 @@ def test_an_absent_class_is_a_fact(tmp_path):
     write_shards(images, tmp_path / "shards", num_classes=10, rows=200)
     assert data.facts_of(tmp_path / "shards", "train")["absent_class"] == 3
     assert data.facts_of(tmp_path / "shards", "train")["num_images"] == int(kept.sum())
+
+
+# ------------------------------------------------------------------------------------------------------ evaluation
+
+
+def write_npz(path: Path, **arrays: np.ndarray) -> str:
+    np.savez(path, **arrays)
+    return measure(path).sha256
+
+
+@pytest.fixture
+def evaluated(tmp_path: Path):
+    """Checks the evaluation section of a coloured experiment whose extractors are tiny."""
+    digest = tiny_dinov2(tmp_path / "judge", registers=False)
+    dino = {"kind": "dinov2", "weights": str(tmp_path / "judge"), "sha256": digest}
+    pixels = {"input_size": 32, "patch_size": 8, "in_channels": 3, "hidden_size": 16, "depth": 1, "num_heads": 2}
+
+    def check(**evaluation: Any) -> None:
+        settings = read("quickstart", ["data={shards: /nowhere}"])
+        settings["model"] |= pixels
+        settings["evaluation"] |= {"extractors": [dino], "primary": "fd_dinov2/euler20/s1", "num_samples": 100}
+        settings["evaluation"] |= evaluation
+        facts = {split: {"num_images": 60} for split in ("train", "held_out")}
+        inputs._check_evaluation(validated("quickstart", settings), facts)
+
+    return check
+
+
+def test_an_evaluation_that_fits_is_taken(evaluated):
+    """The control of the refusals below."""
+    evaluated()
+
+
+MU = np.zeros(2048)
+SIGMA = np.eye(2048)
+
+
+@pytest.mark.parametrize(
+    ("arrays", "words"),
+    [
+        (
+            {"mu": MU, "sigma": SIGMA},
+            "evaluation.extractors must be inception where evaluation.reference has no images",
+        ),
+        ({"mu": np.zeros(768), "sigma": np.eye(768)}, "2048"),
+        ({"mu": MU, "sigma": SIGMA, "arr_0": np.zeros((4, 64, 64, 3), np.uint8)}, "64"),
+        ({"mu": MU}, "sigma"),
+    ],
+)
+def test_a_reference_that_cannot_serve_is_refused_in_one_line(evaluated, tmp_path, arrays, words):
+    path = tmp_path / "reference.npz"
+    with pytest.raises(ValueError, match=r"^evaluation\.[^\n]*$") as caught:
+        evaluated(reference={"npz": str(path), "sha256": write_npz(path, **arrays)})
+    assert words in str(caught.value)
+
+
+def test_another_file_than_stated_is_refused(evaluated, tmp_path):
+    path = tmp_path / "reference.npz"
+    found = write_npz(path, mu=MU, sigma=SIGMA, arr_0=np.zeros((4, 32, 32, 3), np.uint8))
+    with pytest.raises(ValueError, match=rf"sha256 must be that of npz, {found}, got a{{64}}; correct it"):
+        evaluated(reference={"npz": str(path), "sha256": "a" * 64})
+    evaluated(reference={"npz": str(path), "sha256": found})
+
+
+def test_absent_weights_are_named_with_where_people_get_them(evaluated, tmp_path):
+    inception = {"kind": "inception", "weights": str(tmp_path / "absent.pth"), "sha256": "a" * 64}
+    with pytest.raises(ValueError, match=r"evaluation\.extractors.*absent\.pth.*pytorch-fid"):
+        evaluated(extractors=[inception], primary="fid/euler20/s1")
+
+
+def test_too_few_images_for_a_covariance_are_refused_before_anything_runs(evaluated, monkeypatch):
+    monkeypatch.setattr(inputs, "dimension_of", lambda config: 100)
+    with pytest.raises(
+        ValueError, match=r"num_samples must be more than the 100 features of dinov2, .* got 100; raise it"
+    ):
+        evaluated()
+    monkeypatch.setattr(inputs, "dimension_of", lambda config: 60)
+    with pytest.raises(
+        ValueError, match="more than the 60 features of dinov2, got 60 images in held_out; hold out more"
+    ):
+        evaluated()
