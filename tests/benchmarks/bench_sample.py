@@ -29,7 +29,7 @@ from workers.models.checkpoints import save_weights
 from workers.models.family import build
 
 AIM_PERCENT, AIM_TIMES, AIM_MIB = 2.0, 1.9, 32.0
-IMAGES, IMAGES_QUICK = 8000, 1000
+IMAGES, IMAGES_QUICK = 8000, 3000
 STEPS, BATCH = 20, 250
 LARGE = 8  # times as many images, to see whether memory grows
 
