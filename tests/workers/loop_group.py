@@ -11,12 +11,14 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from worker_toys import Draws, latents, local_io, pixels, run_config
 
+from mixflow_core.correctives import TrainingCorrective
 from workers.checkpoint import TrainState
 from workers.data import ImageSet, batch_rows
 from workers.models.sit import SiT
 from workers.train import NonFiniteLossError, post_train
 
 RESUME_STEP = 20
+CORRECTIVE = TrainingCorrective(input_perturbation=0.1, rollout_share=0.5, rollout_step=0.1, rollout_ramp=0.5)
 BAD_STEP, BAD_SHARD = 13, 4
 
 
@@ -43,10 +45,14 @@ def run_rank(rank: int, world_size: int, directory: Path) -> None:
     for per_pass in (1, 2):
         train(f"per-pass-{per_pass}", rank, world_size, directory, shards_per_pass=per_pass, steps=10)
     stop_on_bad_image(rank, world_size, directory)
+    train("corrected", rank, world_size, directory, corrected=True)
+    resume("corrected", rank, world_size, directory, corrected=True)
     train("recomputed", rank, world_size, directory, steps=10, activation_checkpointing=True)
     for name, sharded in (("clipped", False), ("sharded", True)):
         if world_size == 2:  # three workers cannot share eight shards evenly
             train(name, rank, world_size, directory, sharded=sharded, grad_clip=0.5, initial=rank == 0)
+            both = {"corrected": True, "grad_clip": 0.5, "initial": rank == 0}
+            train(f"{name}-corrected", rank, world_size, directory, sharded=sharded, **both)
     if world_size == 2:
         resume("sharded", rank, world_size, directory, sharded=True, grad_clip=0.5)
         both = {"sharded": True, "activation_checkpointing": True, "shards_per_pass": 2}
@@ -57,7 +63,10 @@ def run_rank(rank: int, world_size: int, directory: Path) -> None:
 
 def train(name: str, rank: int, world_size: int, directory: Path, *, initial: bool = False, **training: object) -> None:
     """A run to its end; each rank keeps the state it returned. With `initial` it starts from given weights."""
+    corrected = training.pop("corrected", False)
     io, run = local_io(directory / name, rank=rank, world_size=world_size), run_config(**training)
+    if corrected:
+        run = run.model_copy(update={"corrective": CORRECTIVE})
     weights = SiT(run.model).initialise(5).state_dict() if initial else None
     state = post_train(run, pixels(), pixels(24, seed=1), io, initial=weights)
     torch.save(state.__dict__, directory / f"{name}-{rank}.pt")
