@@ -9,6 +9,7 @@ import time
 import warnings
 import zlib
 from collections.abc import Callable, Mapping
+from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -83,7 +84,9 @@ def encode(
     plan = plan._replace(recipe=plan.recipe._replace(settings=settings))
     parts = Parts(storage, path, f"encoding/{path.replace('/', '-')}")
     task = Task(plan.recipe, parts, max(1, int(cpus_per_worker)), gpus_per_worker > 0)
-    found = _follow(_run(plan, task, num_workers, cpus_per_worker, gpus_per_worker), plan, tell)
+    # Closed before anybody leaves the cluster: what Ray Data tidies up later would start a cluster of its own.
+    with closing(_run(plan, task, num_workers, cpus_per_worker, gpus_per_worker)) as answers:
+        found = _follow(answers, plan, tell)
     meta = {
         "source": settings.source,
         "transform": TRANSFORM,
@@ -126,13 +129,16 @@ def _run(plan: Plan, task: Task, num_workers: int, cpus: float, gpus: int) -> An
             num_gpus=gpus or None,
             max_task_retries=MAX_RETRIES,
         )
+    rows: Any = iter(answers.iter_rows())
     try:
-        for row in answers.iter_rows():
+        for row in rows:
             yield json.loads(row["answer"])
     except ray.exceptions.RayError as error:
         lines = [line for line in str(error).splitlines() if line.strip()]
         reason = lines[-1].strip() if lines else type(error).__name__
         raise RunFailedError(f"encoding failed: {reason}; the same command goes on where it stopped") from error
+    finally:
+        rows.close()
 
 
 def _piece(identity: Mapping[str, Any], name: str, **work: Any) -> bytes:

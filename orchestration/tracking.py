@@ -763,6 +763,7 @@ def mlflow_client(uri: str) -> Any:
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # "View run ..." for each run that ends
+        "MLFLOW_LOGGING_LEVEL": "WARNING",  # it tells of every table that it makes in a new database
         **s3_environment(os.environ),
     }
     for name, value in defaults.items():
