@@ -67,23 +67,35 @@ def build_sd3(config: Mapping[str, Any]) -> Any:
 
 
 class TextEncoders:
-    """The three text encoders of Stable Diffusion 3 in diffusers' pipeline layout.
+    """The three text encoders of Stable Diffusion 3 in diffusers' pipeline layout, fp32, for inference.
 
     Args:
         directory: holds tokenizer, tokenizer_2, tokenizer_3, text_encoder, text_encoder_2, text_encoder_3.
         max_length: tokens of the T5 part (256 in the published training and sampling).
 
     Raises:
-        ValueError: the directory is not in that layout.
+        ValueError: the directory is not in that layout, or a model of it lacks weights or has others.
     """
 
     def __init__(self, directory: Path, *, max_length: int = 256) -> None:
         from diffusers import StableDiffusion3Pipeline
+        from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
         self.max_length = max_length
-        # transformers would keep the files' own precision, half in some of the published ones.
-        absent: dict[str, Any] = {"transformer": None, "vae": None, "scheduler": None}
-        self.pipeline = _load(StableDiffusion3Pipeline, directory, "model_index.json", dtype=torch.float32, **absent)
+        clip, t5 = (CLIPTextModelWithProjection, CLIPTokenizer), (T5EncoderModel, T5Tokenizer)
+        # One by one: the pipeline's own loader draws a missing weight at random and goes on.
+        parts: dict[str, Any] = dict.fromkeys(("transformer", "vae", "scheduler"))
+        for suffix, (model, tokenizer) in {"": clip, "_2": clip, "_3": t5}.items():
+            encoder, words = directory / f"text_encoder{suffix}", directory / f"tokenizer{suffix}"
+            parts[encoder.name] = _inference(_load(model, encoder, "config.json", _complete=True, use_safetensors=True))
+            parts[words.name] = _load(tokenizer, words, "tokenizer_config.json")
+        self.pipeline: Any = StableDiffusion3Pipeline(**parts)
+
+    @property
+    def widths(self) -> tuple[int, int]:
+        """Width of the tokens' embeddings and of the pooled ones, as a transformer must take them."""
+        clips = self.pipeline.text_encoder.config, self.pipeline.text_encoder_2.config
+        return self.pipeline.text_encoder_3.config.d_model, sum(clip.projection_dim for clip in clips)
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
