@@ -290,6 +290,12 @@ def open_dinov2(weights: str, sha256: str, image_size: int, device: torch.device
     return encoder.to(device)
 
 
+def dino_width(weights: str, sha256: str, image_size: int) -> int:
+    """The width of its tokens, after opening it on the CPU; raises what open_dinov2 raises."""
+    encoder: Any = open_dinov2(weights, sha256, image_size, torch.device("cpu"))
+    return int(encoder.config.hidden_size)
+
+
 def dino_features(encoder: nn.Module, pixels: Tensor, size: int) -> Tensor:
     """REPA's target: the patch tokens after the final norm, float32 (B, T, D), row by row.
 

@@ -79,23 +79,10 @@ class TextEncoders:
 
     def __init__(self, directory: Path, *, max_length: int = 256) -> None:
         from diffusers import StableDiffusion3Pipeline
-        from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
 
         self.max_length = max_length
-        clip, t5 = (CLIPTextModelWithProjection, CLIPTokenizer), (T5EncoderModel, T5Tokenizer)
-        # One by one: the pipeline's own loader draws a missing weight at random and goes on.
-        parts: dict[str, Any] = dict.fromkeys(("transformer", "vae", "scheduler"))
-        for suffix, (model, tokenizer) in {"": clip, "_2": clip, "_3": t5}.items():
-            encoder, words = directory / f"text_encoder{suffix}", directory / f"tokenizer{suffix}"
-            parts[encoder.name] = _inference(_load(model, encoder, "config.json", _complete=True, use_safetensors=True))
-            parts[words.name] = _load(tokenizer, words, "tokenizer_config.json")
-        self.pipeline: Any = StableDiffusion3Pipeline(**parts)
-
-    @property
-    def widths(self) -> tuple[int, int]:
-        """Width of the tokens' embeddings and of the pooled ones, as a transformer must take them."""
-        clips = self.pipeline.text_encoder.config, self.pipeline.text_encoder_2.config
-        return self.pipeline.text_encoder_3.config.d_model, sum(clip.projection_dim for clip in clips)
+        absent = dict.fromkeys(("transformer", "vae", "scheduler"))
+        self.pipeline: Any = StableDiffusion3Pipeline(**absent, **_text_parts(directory))
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -110,6 +97,33 @@ class TextEncoders:
             max_sequence_length=self.max_length,
         )
         return text.float(), pooled.float()
+
+
+def text_widths(directory: Path) -> tuple[int, int]:
+    """Widths of the embeddings that TextEncoders makes, of tokens and pooled, after the same checks of the directory.
+
+    The values of the weights are not read, since a published T5's would take 19 GB of memory.
+
+    Raises:
+        ValueError: see TextEncoders.
+    """
+    parts = _text_parts(directory, device_map="meta")
+    clips = parts["text_encoder"].config, parts["text_encoder_2"].config
+    return parts["text_encoder_3"].config.d_model, sum(clip.projection_dim for clip in clips)
+
+
+def _text_parts(directory: Path, **settings: Any) -> dict[str, Any]:
+    """Encoders and tokenizers by their names in a pipeline, whose own loader would draw a missing weight at random."""
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+    parts: dict[str, Any] = {}
+    clip, t5 = (CLIPTextModelWithProjection, CLIPTokenizer), (T5EncoderModel, T5Tokenizer)
+    for suffix, (model, tokenizer) in {"": clip, "_2": clip, "_3": t5}.items():
+        encoder, words = directory / f"text_encoder{suffix}", directory / f"tokenizer{suffix}"
+        loaded = _load(model, encoder, "config.json", _complete=True, use_safetensors=True, **settings)
+        parts[encoder.name] = _inference(loaded)
+        parts[words.name] = _load(tokenizer, words, "tokenizer_config.json")
+    return parts
 
 
 class Clip:
