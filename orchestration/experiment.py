@@ -114,6 +114,12 @@ class Experiment(Frozen):
             raise ValueError(
                 "data.images.features must be given where alignment_weight is not 0; add it, or set that to 0"
             )
+        if images and bool(images.text_encoders) != is_captioned(self.model):
+            rule = "given" if is_captioned(self.model) else "left out"
+            raise ValueError(
+                f"data.images.text_encoders must be {rule} for model.family {self.model.family}, got the other; "
+                "captions are for sd3, class labels for the others"
+            )
         if images and images.held_out < LEAST_HELD_OUT:
             raise ValueError(f"data.images.held_out must be at least {LEAST_HELD_OUT}, got {images.held_out}; raise it")
         if self.data.images and not self.codec:

@@ -20,12 +20,14 @@ from orchestration.workflow import Workspace
 from workers import data as images
 from workers.adm import read_reference
 from workers.classifier import NUM_FEATURES
-from workers.codecs import CodecConfig, directory_hash, latent_shape_of
-from workers.encode import Images, plan_encoding
+from workers.codecs import CodecConfig, dino_width, directory_hash, latent_shape_of
+from workers.encode import FEATURE_PATCH, Images, plan_encoding
 from workers.evaluate import metric_names
 from workers.extractors import ExtractorConfig, dimension_of
 from workers.manifest import measure
 from workers.models.family import ModelConfig
+from workers.models.sd3 import SD3Config
+from workers.pretrained import text_widths
 
 FACTS_VERSION = 1
 
@@ -57,6 +59,7 @@ def check_inputs(workspace: Workspace) -> None:
             raise ValueError(
                 f"model.num_classes must be the {found} of data.images.source, got {experiment.model.num_classes}"
             )
+        _check_encoders(experiment, settings, experiment.codec.image_size)
     _check_evaluation(experiment, facts)
     for checkpoint in (given_base(experiment), given_guide(experiment)):
         if checkpoint and workspace.artifact(checkpoint.stage) is None:
@@ -230,6 +233,32 @@ def _check_codec(experiment: Experiment, config: CodecConfig) -> None:
             f"model.in_channels and input_size must fit the codec's latents {shape}, "
             f"got {model.in_channels} and {model.input_size}"
         )
+
+
+def _check_encoders(experiment: Experiment, settings: Images, image_size: int) -> None:
+    """Opens what makes features and embeddings of captions, and looks whether the model takes what they make."""
+    model = experiment.model
+    if settings.features:
+        with of_section("data.images.features"):
+            width = dino_width(settings.features, settings.features_sha256 or "", image_size)
+        if experiment.alignment_weight:
+            makes = [(image_size // FEATURE_PATCH) ** 2, width]
+            takes = [model.num_tokens, model.projector_dims[0]]  # type: ignore[union-attr]
+            if makes != takes:
+                raise ValueError(
+                    f"data.images.features must make the {takes[0]} tokens of the model, of the width "
+                    f"model.projector_dims {takes[1]}, got {makes[0]} of width {makes[1]}; give the DINOv2 that fits"
+                )
+    if settings.text_encoders:
+        assert isinstance(model, SD3Config), "the experiment was validated"
+        with of_section("data.images.text_encoders"):
+            widths = text_widths(Path(settings.text_encoders))
+        if widths != (model.joint_attention_dim, model.pooled_projection_dim):
+            raise ValueError(
+                "data.images.text_encoders must make the widths model.joint_attention_dim "
+                f"{model.joint_attention_dim} and pooled_projection_dim {model.pooled_projection_dim}, got {widths[0]} "
+                f"and {widths[1]}; give the model's own"
+            )
 
 
 def local_codec(config: CodecConfig) -> CodecConfig:

@@ -27,6 +27,7 @@ from workers.pretrained import load_dinov2, load_vae
 Rounding = Literal["round", "half_up", "truncate"]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _RAE_PATCH = 16  # pixels of the image for one latent, whatever the encoder's own patch
+_HASHED_SUFFIXES = (".json", ".safetensors", ".txt", ".model")
 _SOURCES = {
     "identity": (),
     "vae": ("weights", "decoder"),
@@ -289,6 +290,12 @@ def open_dinov2(weights: str, sha256: str, image_size: int, device: torch.device
     return encoder.to(device)
 
 
+def dino_width(weights: str, sha256: str, image_size: int) -> int:
+    """The width of its tokens, after opening it on the CPU; raises what open_dinov2 raises."""
+    encoder: Any = open_dinov2(weights, sha256, image_size, torch.device("cpu"))
+    return int(encoder.config.hidden_size)
+
+
 def dino_features(encoder: nn.Module, pixels: Tensor, size: int) -> Tensor:
     """REPA's target: the patch tokens after the final norm, float32 (B, T, D), row by row.
 
@@ -364,9 +371,11 @@ def _checked(pixels: Tensor, config: CodecConfig) -> Tensor:
 
 
 def directory_hash(path: Path) -> str:
-    """SHA-256 over the sorted `<sha256>  <relative name>` lines of a directory's *.json and *.safetensors.
+    r"""SHA-256 over the sorted `<sha256>  <relative name>` lines of what libraries read in a directory.
 
-    The same as `find * -name '*.json' -o -name '*.safetensors' | LC_ALL=C sort | xargs sha256sum | sha256sum` in it.
+    That is *.json (configurations, tokenizers), *.safetensors (weights), *.txt and *.model (merges, vocabularies and
+    pieces of tokenizers); pickled weights are never read. The same as, in the directory,
+    `find * -type f | grep -E '\.(json|safetensors|txt|model)$' | LC_ALL=C sort | xargs sha256sum | sha256sum`.
 
     Raises:
         ValueError: there is no such file in it.
@@ -374,7 +383,7 @@ def directory_hash(path: Path) -> str:
     files = sorted(
         file.relative_to(path).as_posix()
         for file in path.rglob("*")
-        if file.suffix in (".json", ".safetensors") and file.is_file()
+        if file.suffix in _HASHED_SUFFIXES and file.is_file()
     )
     if not files:
         raise ValueError(f"{path} must be a local directory with *.json and *.safetensors files, got none")

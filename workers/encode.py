@@ -170,7 +170,7 @@ def plan_encoding(settings: Images, codec: CodecConfig) -> Plan:
 
 
 def _check_directory(name: str, path: str | None, stated: str | None) -> None:
-    if path is not None and (found := directory_hash(Path(path).expanduser())) != stated:
+    if path is not None and (found := directory_hash(Path(path))) != stated:
         raise ValueError(f"{name}_sha256 must be the hash {found} of {path}, got {stated}; the files are others")
 
 

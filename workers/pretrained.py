@@ -67,23 +67,22 @@ def build_sd3(config: Mapping[str, Any]) -> Any:
 
 
 class TextEncoders:
-    """The three text encoders of Stable Diffusion 3 in diffusers' pipeline layout.
+    """The three text encoders of Stable Diffusion 3 in diffusers' pipeline layout, fp32, for inference.
 
     Args:
         directory: holds tokenizer, tokenizer_2, tokenizer_3, text_encoder, text_encoder_2, text_encoder_3.
         max_length: tokens of the T5 part (256 in the published training and sampling).
 
     Raises:
-        ValueError: the directory is not in that layout.
+        ValueError: the directory is not in that layout, or a model of it lacks weights or has others.
     """
 
     def __init__(self, directory: Path, *, max_length: int = 256) -> None:
         from diffusers import StableDiffusion3Pipeline
 
         self.max_length = max_length
-        # transformers would keep the files' own precision, half in some of the published ones.
-        absent: dict[str, Any] = {"transformer": None, "vae": None, "scheduler": None}
-        self.pipeline = _load(StableDiffusion3Pipeline, directory, "model_index.json", dtype=torch.float32, **absent)
+        absent = dict.fromkeys(("transformer", "vae", "scheduler"))
+        self.pipeline: Any = StableDiffusion3Pipeline(**absent, **_text_parts(directory))
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -98,6 +97,33 @@ class TextEncoders:
             max_sequence_length=self.max_length,
         )
         return text.float(), pooled.float()
+
+
+def text_widths(directory: Path) -> tuple[int, int]:
+    """Widths of the embeddings that TextEncoders makes, of tokens and pooled, after the same checks of the directory.
+
+    The values of the weights are not read, since a published T5's would take 19 GB of memory.
+
+    Raises:
+        ValueError: see TextEncoders.
+    """
+    parts = _text_parts(directory, device_map="meta")
+    clips = parts["text_encoder"].config, parts["text_encoder_2"].config
+    return parts["text_encoder_3"].config.d_model, sum(clip.projection_dim for clip in clips)
+
+
+def _text_parts(directory: Path, **settings: Any) -> dict[str, Any]:
+    """Encoders and tokenizers by their names in a pipeline, whose own loader would draw a missing weight at random."""
+    from transformers import CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5Tokenizer
+
+    parts: dict[str, Any] = {}
+    clip, t5 = (CLIPTextModelWithProjection, CLIPTokenizer), (T5EncoderModel, T5Tokenizer)
+    for suffix, (model, tokenizer) in {"": clip, "_2": clip, "_3": t5}.items():
+        encoder, words = directory / f"text_encoder{suffix}", directory / f"tokenizer{suffix}"
+        loaded = _load(model, encoder, "config.json", _complete=True, use_safetensors=True, **settings)
+        parts[encoder.name] = _inference(loaded)
+        parts[words.name] = _load(tokenizer, words, "tokenizer_config.json")
+    return parts
 
 
 class Clip:

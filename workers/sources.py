@@ -31,12 +31,14 @@ class Place(NamedTuple):
         file: below the source's root.
         at: byte where the image begins, or its row in a Parquet file.
         size: bytes of the image, or of the whole Parquet file.
+        changed_ns: when the file was last changed, in nanoseconds; a piece encoded before that is encoded again.
     """
 
     name: str
     file: str
     at: int
     size: int
+    changed_ns: int
 
 
 class Source(NamedTuple):
@@ -156,7 +158,7 @@ def _classes(root: Path, images: Sequence[str], files: Sequence[str]) -> list[st
 def _labelled(root: Path, images: Sequence[str], classes: Sequence[str]) -> Iterator[_Found]:
     label_of = {name: label for label, name in enumerate(classes)}
     for file in images:
-        yield Place(file, file, 0, (root / file).stat().st_size), label_of[file.split("/")[0]]
+        yield _image_file(root, file), label_of[file.split("/")[0]]
 
 
 def _captioned(root: Path, images: Sequence[str], files: set[str]) -> Iterator[_Found]:
@@ -164,7 +166,12 @@ def _captioned(root: Path, images: Sequence[str], files: set[str]) -> Iterator[_
         caption = PurePosixPath(file).with_suffix(".txt").as_posix()
         if caption not in files:
             raise _lacking("a .txt caption beside every image", str(root / file), "text_encoders")
-        yield Place(file, file, 0, (root / file).stat().st_size), _text((root / caption).read_bytes(), caption)
+        yield _image_file(root, file), _text((root / caption).read_bytes(), caption)
+
+
+def _image_file(root: Path, file: str) -> Place:
+    about = (root / file).stat()
+    return Place(file, file, 0, about.st_size, about.st_mtime_ns)
 
 
 # ------------------------------------------------------------------------------------------------------ WebDataset
@@ -174,6 +181,7 @@ def _tar(root: Path, file: str, captions: bool) -> Iterator[_Found]:
     """The images of one tar file, in the order of their keys' first members."""
     groups: dict[str, dict[str, tarfile.TarInfo]] = {}
     try:
+        changed_ns = (root / file).stat().st_mtime_ns
         with tarfile.open(root / file, "r:") as tar:
             for member in tar:
                 folder, _, name = member.name.rpartition("/")
@@ -199,7 +207,8 @@ def _tar(root: Path, file: str, captions: bool) -> Iterator[_Found]:
                 content = tar.extractfile(wanted)
                 assert content, "only files are listed"
                 text = _text(content.read(), name)
-                yield Place(name, file, images[0].offset_data, images[0].size), text if captions else _label(text, name)
+                place = Place(name, file, images[0].offset_data, images[0].size, changed_ns)
+                yield place, text if captions else _label(text, name)
     except (tarfile.TarError, OSError) as error:
         raise ValueError(f"source must hold whole, uncompressed tar files, got {root / file} ({error})") from error
 
@@ -234,12 +243,12 @@ def _parquet(root: Path, file: str, captions: bool) -> Iterator[_Found]:
     if not (fits if captions else pa.types.is_integer(values.type)):
         rule = "text" if captions else "integers"
         raise ValueError(f"source must have {rule} in the column {wanted}, got {values.type} in {path}")
-    size = path.stat().st_size
+    about = path.stat()
     for row, value in enumerate(values.to_pylist()):
         name = f"{file}[{row}]"
         if value is None:
             raise _lacking(f"a {wanted} for every image", name, "")
-        yield Place(name, file, row, size), value
+        yield Place(name, file, row, about.st_size, about.st_mtime_ns), value
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

@@ -7,18 +7,19 @@ import os
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from image_sources import SIZE, captioned_folder, class_folder, pictures
+from image_sources import SIZE, captioned_folder, class_folder, parquet, pictures, webdataset
 from PIL import Image
 from tiny_models import tiny_vae
 from tiny_sd3 import tiny_text_encoders
 
-from orchestration.encode import Task, Worker, encode
+from orchestration.encode import Task, Worker, _name, _piece, encode
 from orchestration.parts import Parts
 from orchestration.storage import Storage, open_storage
 from workers.codecs import CodecConfig, directory_hash
@@ -267,11 +268,32 @@ def test_a_piece_that_is_not_what_its_record_says_is_done_again(
     assert not worker.do(piece)["is_new"]
 
 
+@pytest.mark.parametrize("make", [class_folder, webdataset, parquet])
+def test_an_image_replaced_by_one_of_the_same_size_makes_its_piece_another(make: Any, tmp_path: Path) -> None:
+    settings = Images(source=make(tmp_path / "source", pictures(40)), held_out=8, rows_per_shard=10)
+
+    def digests() -> list[str]:
+        plan = plan_encoding(settings, PIXELS)
+        pieces = [_piece(plan.recipe.identity, _name(shard), shard=shard) for shard in plan.shards]
+        return [json.loads(zlib.decompress(piece))["digest"] for piece in pieces]
+
+    first, place = digests(), plan_encoding(settings, PIXELS).shards[1].places[0]
+    assert digests() == first
+    file = tmp_path / "source" / place.file
+    content, about = bytearray(file.read_bytes()), file.stat()
+    content[place.at + 30] ^= 1
+    file.write_bytes(content)
+    os.utime(file, ns=(about.st_atime_ns, about.st_mtime_ns + 1))
+    assert file.stat().st_size == about.st_size
+    changed = [number for number, (now, then) in enumerate(zip(digests(), first, strict=True)) if now != then]
+    assert changed == [1] if make is class_folder else 1 in changed
+
+
 def test_a_piece_without_a_readable_image_is_remembered_without_a_file(
     work: tuple[Worker, dict[str, Any], Path, Path],
 ) -> None:
     worker, piece, file, _ = work
-    for _, name, _, size in piece["shard"][2]:
+    for _, name, _, size, _ in piece["shard"][2]:
         (worker.task.recipe.root / name).write_bytes(bytes(size))
     assert len(worker.do(piece)["record"]["unreadable"]) == 8
     assert not file.exists()

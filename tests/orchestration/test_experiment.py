@@ -307,6 +307,16 @@ def test_a_published_recipe_costs_what_its_paper_says(recipe, parameters, flops)
         ("repa-xl-256", "data.images={source: x, held_out: 100}", "data.images.features must be given"),
         ("sit-b-256", "data.images.held_out=10", "data.images.held_out must be at least 100, got 10"),
         ("rae-xl-256", "codec=null", "codec must be given for data.images"),
+        (
+            "sd35-medium",
+            "data.images={source: x, held_out: 100}",
+            "data.images.text_encoders must be given for model.family sd3, got the other",
+        ),
+        (
+            "sit-b-256",
+            f"data.images={{source: x, held_out: 100, text_encoders: x, text_encoders_sha256: '{'0' * 64}'}}",
+            "data.images.text_encoders must be left out for model.family sit, got the other",
+        ),
         ("sd35-medium", "base={train: {steps: 5, global_batch_size: 8}}", "arms must include standard training"),
         ("sd35-medium", "model.lora_rank=4", None),
     ],

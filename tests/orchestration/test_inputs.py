@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_models import tiny_dinov2, tiny_rae_decoder, tiny_rae_statistics, tiny_vae
+from tiny_models import tiny_clip, tiny_dinov2, tiny_rae_decoder, tiny_rae_statistics, tiny_vae
+from twins import twin
 
 from orchestration import inputs, workflow
-from orchestration.inputs import check_data, local_codec, local_copy
+from orchestration.experiment import Experiment
+from orchestration.inputs import check_data, check_inputs, local_codec, local_copy
 from orchestration.recipe import load, read, validated
 from orchestration.storage import Storage, open_storage
 from orchestration.workflow import Workspace
@@ -193,3 +195,54 @@ def test_too_few_images_for_a_covariance_are_refused_before_anything_runs(evalua
         ValueError, match="more than the 60 features of dinov2, got 60 images in held_out; hold out more"
     ):
         evaluated()
+
+
+# ------------------------------------------------------------------------------------------- before data are encoded
+
+
+def with_images(experiment: Experiment, **changes: Any) -> Experiment:
+    """The experiment with other settings of its images, validated anew."""
+    raw = experiment.model_dump(mode="json", exclude_none=True)
+    raw["data"]["images"] |= changes
+    return validated("twin", raw)
+
+
+def refused(experiment: Experiment, home: Path) -> str:
+    with pytest.raises(ValueError, match="must") as caught:
+        check_inputs(Workspace(experiment, open_storage(str(home / "ws"))))
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_alignment_features_must_fit_the_model(tmp_path):
+    experiment = twin("repa-xl-256", tmp_path)
+    check_inputs(Workspace(experiment, open_storage(str(tmp_path / "ws"))))
+    wide = twin("repa-xl-256", tmp_path, projector_dims=[16])
+    assert refused(wide, tmp_path) == (
+        "data.images.features must make the 4 tokens of the model, of the width model.projector_dims 16, got 4 of "
+        "width 12; give the DINOv2 that fits"
+    )
+    fine = twin("repa-xl-256", tmp_path, patch_size=1)
+    assert "must make the 16 tokens of the model" in refused(fine, tmp_path)
+    clip = tmp_path / "clip"
+    other = with_images(experiment, features=str(clip), features_sha256=tiny_clip(clip))
+    assert refused(other, tmp_path) == (
+        f"data.images.features: {clip} must hold a model of dinov2 or dinov2_with_registers, got 'clip'"
+    )
+
+
+def test_text_encoders_must_fit_the_model(tmp_path):
+    experiment = twin("sd35-medium", tmp_path / "home")
+    check_inputs(Workspace(experiment, open_storage(str(tmp_path / "ws"))))
+    for name, widths in (("joint_attention_dim", (48, 20)), ("pooled_projection_dim", (40, 28))):
+        other = twin("sd35-medium", tmp_path / name, **{name: max(set(widths) - {40, 20})})
+        assert refused(other, tmp_path) == (
+            f"data.images.text_encoders must make the widths model.joint_attention_dim {widths[0]} and "
+            f"pooled_projection_dim {widths[1]}, got 40 and 20; give the model's own"
+        )
+    dino = tmp_path / "dino"
+    other = with_images(experiment, text_encoders=str(dino), text_encoders_sha256=tiny_dinov2(dino))
+    assert refused(other, tmp_path) == (
+        f"data.images.text_encoders: {dino}/text_encoder must be a directory with a config.json in the layout of its "
+        "library, got none"
+    )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import subprocess
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -483,25 +484,32 @@ def test_grey_images_become_colours():
 # -------------------------------------------------------------------------------------------------- wrong inputs
 
 
-def test_a_directory_is_known_by_its_weights_and_configurations(tmp_path):
+def test_a_directory_is_known_by_its_weights_configurations_and_tokenizers(tmp_path):
     files = {
         "model.safetensors": b"weights",
         "config.json": b"{}",
         "sub/a.json": b"1",
+        "sub/merges.txt": b"r e",
+        "words/spiece.model": b"z",
         "README.md": b"x",
         "old.bin": b"y",
     }
     for name, content in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(content)
-    lines = [
-        f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n"
-        for name in ("config.json", "model.safetensors", "sub/a.json")
-    ]
+    names = ("config.json", "model.safetensors", "sub/a.json", "sub/merges.txt", "words/spiece.model")
+    lines = [f"{hashlib.sha256(files[name]).hexdigest()}  {name}\n" for name in names]
     expected = hashlib.sha256("".join(lines).encode()).hexdigest()
-    assert directory_hash(tmp_path) == expected
+    shell = r"find * -type f | grep -E '\.(json|safetensors|txt|model)$'"
+    shell += " | LC_ALL=C sort | xargs sha256sum | sha256sum"
+    answer = subprocess.run(shell, shell=True, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert directory_hash(tmp_path) == expected == answer.split()[0]
     (tmp_path / "README.md").write_bytes(b"other")
     assert directory_hash(tmp_path) == expected
+    for name in names:
+        (tmp_path / name).write_bytes(b"other")
+        assert directory_hash(tmp_path) != expected, name
+        (tmp_path / name).write_bytes(files[name])
     (tmp_path / "sub/a.json").rename(tmp_path / "sub/b.json")
     assert directory_hash(tmp_path) != expected
 

@@ -223,13 +223,11 @@ def test_a_caption_that_is_too_long_is_not_cut(tmp_path, truncates):
     )
 
 
-def test_only_hashed_files_decide_a_score(tmp_path):
+def test_files_beside_the_tokenizer_do_not_decide_a_score(tmp_path):
     tiny_clip(tmp_path, seed=7)
     expected = clip_score(tmp_path).score(pixels(1, 28), ["red cat"])
     assert expected > 0
-    digest = directory_hash(tmp_path)
     (tmp_path / "merges.txt").write_text("#version: 0.2\nr e\n")
-    assert directory_hash(tmp_path) == digest
     assert torch.equal(clip_score(tmp_path).score(pixels(1, 28), ["red cat"]), expected)
 
 

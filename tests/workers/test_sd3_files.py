@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
-from tiny_sd3 import CLIP_WIDTHS, SHAPE, batch, captions, config, lora, sd3, theirs, tiny_text_encoders
+from safetensors.torch import load_file, save_file
+from tiny_sd3 import CLIP_WIDTHS, SHAPE, T5_WIDTH, batch, captions, config, lora, sd3, theirs, tiny_text_encoders
 
 from workers.models.sd3 import SD3, SD3Config, is_adapter, load_lora, load_sd3, save_lora, save_sd3
-from workers.pretrained import TextEncoders
+from workers.pretrained import TextEncoders, text_widths
 
 CPU = torch.device("cpu")
 
@@ -223,6 +225,46 @@ def test_files_in_half_precision_are_computed_in_single(tmp_path):
     text, pooled = encoders.encode(PROMPTS, CPU)
     assert text.dtype == pooled.dtype == torch.float32
     assert not torch.equal(text, text.half().float())
+
+
+PARTS = {
+    "text_encoder": "text_projection.weight",
+    "text_encoder_2": "text_model.final_layer_norm.bias",
+    "text_encoder_3": "encoder.block.1.layer.1.DenseReluDense.wo.weight",
+}
+
+
+@pytest.mark.parametrize("read", [TextEncoders, text_widths])
+@pytest.mark.parametrize("part", PARTS)
+def test_text_encoders_with_a_weight_too_few_or_too_many_are_refused(tmp_path, part, read):
+    tiny_text_encoders(tmp_path)
+    file, name = tmp_path / part / "model.safetensors", PARTS[part]
+    weights = load_file(file)
+    save_file({other: value for other, value in weights.items() if other != name}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="missing_keys has") as caught:
+        read(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / part} must fit ")
+    assert str(caught.value).endswith(f"but missing_keys has {name}")
+    save_file({**weights, "extra": torch.zeros(1)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="but unexpected_keys has extra"):
+        read(tmp_path)
+    save_file({**weights, name: torch.zeros(3)}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match=f"{tmp_path / part} must hold a readable"):
+        read(tmp_path)
+
+
+@pytest.mark.parametrize("read", [TextEncoders, text_widths])
+@pytest.mark.parametrize("part", ["text_encoder_2", "tokenizer", "tokenizer_3"])
+def test_a_pipeline_without_one_of_its_text_parts_is_refused(tmp_path, part, read):
+    tiny_text_encoders(tmp_path)
+    shutil.rmtree(tmp_path / part)
+    with pytest.raises(ValueError, match=f"{tmp_path / part} must be a directory with a "):
+        read(tmp_path)
+
+
+def test_widths_are_those_of_the_embeddings(encoders):
+    made = TextEncoders(encoders, max_length=16).encode(["a"], CPU)
+    assert text_widths(encoders) == tuple(values.shape[-1] for values in made) == (T5_WIDTH, sum(CLIP_WIDTHS))
 
 
 def test_captions_drive_the_network(encoders):
