@@ -8,6 +8,7 @@ import os
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -67,6 +68,68 @@ def test_code_in_a_file_is_not_run(tmp_path, save, wrap):
         load_weights(path)
     assert not marker.exists()
     assert "\n" not in str(caught.value)
+    assert "holds code: it asks for posix.mkdir, which is not run; get a file of tensors" in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"hello", "got a text that begins 'hello'; get the file itself"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
+            "a text that begins 'version https://git-lfs.",
+        ),
+        (b"", "got an empty file; get it anew"),
+        (bytes(99), "got a file of another kind; get the file itself"),
+        (b"PK\x03\x04 and so on", "got a zip that was cut off or altered"),
+        (pickle.dumps(3), "got a pickle that was cut off or altered, or is none of torch's"),
+        (pickle.dumps({"a": torch.zeros(2)}), "got a pickle that was cut off or altered, or is none of torch's"),
+        (pickle.dumps({"a": np.zeros(2)}), r"it asks for numpy\._core\.multiarray\._reconstruct"),
+        (pickle.dumps({"a": np.zeros(2)}, 2), r"it asks for numpy\._core\.multiarray\._reconstruct"),
+    ],
+)
+def test_what_a_file_is_instead_is_said_for_people(tmp_path, content, words):
+    path = tmp_path / "x.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"must hold tensors only, in torch's own format; .*{words}"):
+        load_weights(path)
+
+
+@pytest.mark.filterwarnings("ignore:.*(beta|deprecated|prototype):UserWarning")
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (torch.Tensor.to_sparse, "torch.sparse_coo"),
+        (torch.Tensor.to_sparse_csr, "torch.sparse_csr"),
+        (lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8), "quantised, torch.qint8"),
+        (lambda value: torch.nested.nested_tensor([value[0], value[1, :1]]), "nested"),
+        (lambda value: value.to("meta"), "meta, without numbers"),
+    ],
+)
+def test_tensors_that_are_not_dense_are_refused(tmp_path, make, kind):
+    torch.save({"good": torch.eye(2), "odd": make(torch.eye(2))}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=rf"x\.pt must hold dense tensors .*, got another kind in odd \({kind}\)"):
+        load_weights(tmp_path / "x.pt")
+
+
+def test_eight_bit_floats_are_looked_at(tmp_path):
+    """Torch's isfinite has no answer for this type."""
+    found = {name: value.to(torch.float8_e4m3fn) for name, value in weights().items()}
+    check_architecture(found, SHAPE, "x.pt")
+    found["pos_embed"][0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="must hold finite numbers, got others in pos_embed"):
+        check_architecture(found, SHAPE, "x.pt")
+
+
+@pytest.mark.parametrize("ending", [False, True])
+def test_a_file_that_was_cut_off_anywhere_is_refused(tmp_path, ending):
+    torch.save({"a": torch.arange(12.0)}, tmp_path / "x.pt", _use_new_zipfile_serialization=ending)
+    whole = (tmp_path / "x.pt").read_bytes()
+    for length in range(0, len(whole), 5):
+        (tmp_path / "x.pt").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"checkpoint x\.pt must hold tensors only"):
+            load_weights(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])

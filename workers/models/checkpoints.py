@@ -6,6 +6,7 @@ import argparse
 import math
 import pickle
 import re
+import struct
 import zipfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -21,8 +22,14 @@ from workers.models.ddt import DiTDHConfig
 from workers.models.family import ModelConfig, build
 from workers.models.sd3 import SD3Config, load_sd3
 from workers.models.sit import SIT_SIZES, SiTConfig
+from workers.models.unreadable import why_unreadable
 
 HEADS = {width: heads for _, width, heads in SIT_SIZES.values()}
+# Whatever a file that was cut off or altered makes of torch's reader.
+_TORCH_RAISES = (
+    pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError, AttributeError,
+    AssertionError, struct.error,
+)  # fmt: skip
 NULL_ROWS = {1000: 0.0, 1001: 0.1}  # rows of an ImageNet label table -> the dropout its published training used
 
 
@@ -50,16 +57,31 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError) as error:
-        # torch's advice on how to run a file's code is cut off, and so are its escape sequences.
-        reason = re.sub(r"\x1b\[\d*m", "", str(error)).partition("\n")[0].partition(". ")[0] or type(error).__name__
-        raise ValueError(f"checkpoint {path.name} must hold tensors only, in torch's own format; {reason}") from error
+    except _TORCH_RAISES as error:
+        raise _unreadable(path, error) from error
     weights = content.get("ema", content) if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
     ):
         raise ValueError(f"checkpoint {path.name} must be a state dict or hold one as 'ema', got neither")
+    for name, value in weights.items():
+        if value.layout is not torch.strided or value.is_quantized or value.is_nested or value.is_meta:
+            raise ValueError(
+                f"checkpoint {path.name} must hold dense tensors of plain numbers, got another kind in {name} "
+                f"({_kind_of(value)}); convert it (to_dense, dequantize) and save it again"
+            )
     return _renamed(dict(weights))
+
+
+def _kind_of(value: Tensor) -> str:
+    if value.is_nested or value.is_meta:
+        return "nested" if value.is_nested else "meta, without numbers"
+    return f"quantised, {value.dtype}" if value.is_quantized else str(value.layout)
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    rule = f"checkpoint {path.name} must hold tensors only, in torch's own format"
+    return ValueError(f"{rule}; {why_unreadable(path, error)}")
 
 
 def _check_sums(path: Path) -> None:
@@ -73,7 +95,7 @@ def _check_sums(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             altered = archive.testzip()
     except zipfile.BadZipFile as error:
-        raise ValueError(f"checkpoint {path.name} must hold tensors only, in torch's own format; {error}") from error
+        raise _unreadable(path, error) from error
     if altered:
         raise ValueError(
             f"checkpoint {path.name} must be as it was written, but its {altered} was altered; get it anew"
@@ -220,7 +242,8 @@ def check_architecture(weights: Mapping[str, Tensor], config: ModelConfig, name:
     found = {key: tuple(value.shape) for key, value in weights.items()}
     if found == expected:
         for key, value in weights.items():
-            if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
+            numbers = value.float() if value.itemsize == 1 else value  # isfinite does not know every 8-bit float
+            if not value.is_floating_point() or not bool(torch.isfinite(numbers).all()):
                 raise ValueError(f"checkpoint {name} must hold finite numbers, got others in {key}; take a sound file")
         return
     missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
