@@ -131,7 +131,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path, capsys):
     incomplete = {n: v for n, v in NETWORKS["sit"].state_dict().items() if n != "final_layer.linear.weight"}
     torch.save(incomplete, tmp_path / "incomplete.pt")
     line = refusal(capsys, "import", str(tmp_path / "incomplete.pt"), target)
-    assert "checkpoint must have final_layer.linear.weight" in line
+    assert "checkpoint must have final_layer.linear.weight, which every file of SiT and REPA has" in line
 
 
 @pytest.mark.parametrize(

@@ -12,10 +12,13 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_sd3 import config as sd3_config
 from worker_toys import MODEL
 
-from workers.models.checkpoints import check_architecture, infer_config, load_weights, save_weights
+from workers.models.checkpoints import infer_config, load_weights, save_weights
 from workers.models.ddt import DiTDH, DiTDHConfig
+from workers.models.mismatch import check_architecture
+from workers.models.sd3 import SD3
 from workers.models.sit import SiT, SiTConfig
 
 
@@ -208,13 +211,20 @@ def test_a_label_table_of_another_size_is_named():
     with pytest.raises(ValueError, match="must fit the model") as caught:
         check_architecture(weights(num_classes=12), SHAPE, "x.pt")
     problem = "y_embedder.embedding_table.weight has shape (13, 16) instead of (11, 16)"
-    assert str(caught.value).startswith(f"checkpoint x.pt must fit the model, but {problem}; ")
+    cure = "it is a sit whose num_classes must be 13 or 12 for a label table of 13 rows, got 10"
+    assert str(caught.value) == f"checkpoint x.pt must fit the model, but {problem}; {cure}"
 
 
 def test_a_missing_tensor_is_named():
     incomplete = weights()
     del incomplete["t_embedder.mlp.2.weight"]
-    with pytest.raises(ValueError, match=r"but t_embedder\.mlp\.2\.weight is missing \(1 in all\); the file is incomp"):
+    altered = "the file is incomplete or was altered, by its other tensors it is a sit with these settings"
+    with pytest.raises(ValueError, match=rf"but t_embedder\.mlp\.2\.weight is missing \(1 in all\); {altered}$"):
+        check_architecture(incomplete, SHAPE, "x.pt")
+    with pytest.raises(ValueError, match=rf"but stray is not part of it \(1 in all\); {altered}$"):
+        check_architecture(weights() | {"stray": torch.zeros(2)}, SHAPE, "x.pt")
+    del incomplete["final_layer.linear.weight"]  # which the settings are read from
+    with pytest.raises(ValueError, match=rf"is missing \(2 in all\); {altered}$"):
         check_architecture(incomplete, SHAPE, "x.pt")
 
 
@@ -222,10 +232,63 @@ def test_another_family_is_named():
     config = DiTDHConfig(
         input_size=4, in_channels=6, hidden_size=(8, 12), depth=(1, 1), num_heads=(2, 3), num_classes=10
     )
-    with pytest.raises(ValueError, match=r"; it is a ddt; set model\.family$"):
+    with pytest.raises(ValueError, match=r"; it is a ddt; set model\.family; mixflow import prints"):
         check_architecture(DiTDH(config).state_dict(), SHAPE, "x.pt")
-    with pytest.raises(ValueError, match=r"; it is a sit; set model\.family$"):
+    with pytest.raises(ValueError, match=r"; it is a sit; set model\.family; mixflow import prints"):
         check_architecture(SiT(SiTConfig.published("S")).state_dict(), DiTDHConfig.published("S"), "x.pt")
+    with pytest.raises(ValueError, match=r"; it is a sit; set model\.family; "):  # of no published width
+        check_architecture(weights(), config, "x.pt")
+    with pytest.raises(ValueError, match=r"; it is an sd3; set model\.family$"):
+        check_architecture(SD3(sd3_config()).state_dict(), SHAPE, "x.pt")
+    with pytest.raises(ValueError, match=r"; it is of no known family; give a file of SiT, REPA, RAE or Stable"):
+        check_architecture({"a": torch.zeros(2)}, SHAPE, "x.pt")
+
+
+def test_repas_own_time_is_kept_where_a_file_does_not_tell_it():
+    """A file without projectors looks like a SiT's, and noise_at 0 would let its time run backwards."""
+    config = SiTConfig(**MODEL, noise_at=1, projector_dims=(6,), projector_depth=1)
+    with pytest.raises(ValueError, match="must fit the model") as caught:
+        check_architecture(weights(), config, "x.pt")
+    assert str(caught.value).endswith("; set model.projector_dims to [], and alignment_weight to 0")
+    with pytest.raises(ValueError, match="must fit the model") as caught:
+        check_architecture(weights(depth=2), SiTConfig(**MODEL, noise_at=1), "x.pt")
+    assert str(caught.value).endswith("; set model.depth to 2")
+
+
+@pytest.mark.parametrize(
+    ("stored", "cure"),
+    [
+        ({"num_layers": 2}, "set model.num_layers to 2"),
+        ({"joint_attention_dim": 48}, "set model.joint_attention_dim to 48"),
+        ({"pooled_projection_dim": 12}, "set model.pooled_projection_dim to 12"),
+        ({"pos_embed_max_size": 10}, "set model.pos_embed_max_size to 10"),
+        ({"in_channels": 2}, "set model.in_channels to 2"),
+        ({"patch_size": 4}, "set model.patch_size to 4"),
+        ({"dual_attention_layers": (0,)}, "set model.dual_attention_layers to [0]"),
+        ({"qk_norm": None}, "set model.qk_norm to null"),
+        ({"attention_head_dim": 4, "num_attention_heads": 4}, "model.num_attention_heads to 4, model.attention_head_"),
+        (
+            {"num_attention_heads": 3, "caption_projection_dim": 24},
+            "set model.num_attention_heads to 3, model.caption_projection_dim to 24",
+        ),
+    ],
+)
+def test_settings_of_sd3_are_read_from_its_file(stored, cure):
+    found, config = SD3(sd3_config(**stored)).state_dict(), sd3_config()
+    with pytest.raises(ValueError, match="must fit the model") as caught:
+        check_architecture(found, config, "x.pt")
+    assert cure in str(caught.value)
+    check_architecture(found, sd3_config(**stored), "x.pt")
+    with pytest.raises(ValueError, match="must fit the model") as caught:
+        check_architecture(found, sd3_config(lora_rank=2), "x.pt")
+    assert cure in str(caught.value)
+
+
+def test_an_incomplete_sd3_is_named():
+    found = SD3(sd3_config()).state_dict()
+    del found["context_embedder.weight"]
+    with pytest.raises(ValueError, match=r"the file is incomplete or was altered, .* it is an sd3 with these settings"):
+        check_architecture(found, sd3_config(), "x.pt")
 
 
 # What a file says of itself
