@@ -18,7 +18,8 @@ from orchestration.run import Place
 from orchestration.workflow import Workspace
 from workers.adm import write_samples
 from workers.manifest import measure
-from workers.models.checkpoints import check_architecture, infer_config, load_weights, save_weights
+from workers.models.checkpoints import infer_config, load_weights, save_weights
+from workers.models.mismatch import check_architecture
 from workers.models.sd3 import SD3Config, beside_adapters, load_sd3, save_lora, save_sd3
 from workers.sample import read_part
 

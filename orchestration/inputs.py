@@ -376,7 +376,8 @@ def given_weights(given: Given) -> Any:
     Raises:
         ValueError: there is none.
     """
-    from workers.models.checkpoints import check_architecture, load_weights
+    from workers.models.checkpoints import load_weights
+    from workers.models.mismatch import check_architecture
 
     where = f"{given.section}.checkpoint"
     folder, _, name = given.uri.rpartition("/")

@@ -131,7 +131,7 @@ def test_bad_files_are_refused_in_one_line(tmp_path, capsys):
     incomplete = {n: v for n, v in NETWORKS["sit"].state_dict().items() if n != "final_layer.linear.weight"}
     torch.save(incomplete, tmp_path / "incomplete.pt")
     line = refusal(capsys, "import", str(tmp_path / "incomplete.pt"), target)
-    assert "checkpoint must have final_layer.linear.weight" in line
+    assert "checkpoint must have final_layer.linear.weight, which every file of SiT and REPA has" in line
 
 
 @pytest.mark.parametrize(
@@ -162,6 +162,9 @@ def test_a_file_that_is_not_quite_a_familys_is_not_imported(change, message, tmp
 def test_what_is_given_must_be_known(given, message, tmp_path, capsys):
     torch.save(NETWORKS["sit"].state_dict(), tmp_path / "x.pt")
     assert message in refusal(capsys, "import", str(tmp_path / "x.pt"), str(tmp_path / "o.pt"), "--set", given)
+    torch.save({**NETWORKS["sit"].state_dict(), "pos_embed": torch.eye(4).to_sparse()}, tmp_path / "sparse.pt")
+    line = refusal(capsys, "import", str(tmp_path / "sparse.pt"), str(tmp_path / "o.pt"))
+    assert "sparse.pt must hold dense tensors of plain numbers, got another kind in pos_embed" in line
     (tmp_path / "text.pt").write_text("hello")
     assert "must hold tensors only" in refusal(capsys, "import", str(tmp_path / "text.pt"), str(tmp_path / "o.pt"))
 

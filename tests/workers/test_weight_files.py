@@ -8,13 +8,17 @@ import os
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
+from tiny_sd3 import config as sd3_config
 from worker_toys import MODEL
 
-from workers.models.checkpoints import check_architecture, infer_config, load_weights, save_weights
+from workers.models.checkpoints import infer_config, load_weights, save_weights
 from workers.models.ddt import DiTDH, DiTDHConfig
+from workers.models.mismatch import check_architecture
+from workers.models.sd3 import SD3
 from workers.models.sit import SiT, SiTConfig
 
 
@@ -67,6 +71,68 @@ def test_code_in_a_file_is_not_run(tmp_path, save, wrap):
         load_weights(path)
     assert not marker.exists()
     assert "\n" not in str(caught.value)
+    assert "holds code: it asks for posix.mkdir, which is not run; get a file of tensors" in str(caught.value)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"hello", "got a text that begins 'hello'; get the file itself"),
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n",
+            "a text that begins 'version https://git-lfs.",
+        ),
+        (b"", "got an empty file; get it anew"),
+        (bytes(99), "got a file of another kind; get the file itself"),
+        (b"PK\x03\x04 and so on", "got a zip that was cut off or altered"),
+        (pickle.dumps(3), "got a pickle that was cut off or altered, or is none of torch's"),
+        (pickle.dumps({"a": torch.zeros(2)}), "got a pickle that was cut off or altered, or is none of torch's"),
+        (pickle.dumps({"a": np.zeros(2)}), r"it asks for numpy\._core\.multiarray\._reconstruct"),
+        (pickle.dumps({"a": np.zeros(2)}, 2), r"it asks for numpy\._core\.multiarray\._reconstruct"),
+    ],
+)
+def test_what_a_file_is_instead_is_said_for_people(tmp_path, content, words):
+    path = tmp_path / "x.pt"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"must hold tensors only, in torch's own format; .*{words}"):
+        load_weights(path)
+
+
+@pytest.mark.filterwarnings("ignore:.*(beta|deprecated|prototype):UserWarning")
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (torch.Tensor.to_sparse, "torch.sparse_coo"),
+        (torch.Tensor.to_sparse_csr, "torch.sparse_csr"),
+        (lambda value: torch.quantize_per_tensor(value, 0.1, 0, torch.qint8), "quantised, torch.qint8"),
+        (lambda value: torch.nested.nested_tensor([value[0], value[1, :1]]), "nested"),
+        (lambda value: value.to("meta"), "meta, without numbers"),
+    ],
+)
+def test_tensors_that_are_not_dense_are_refused(tmp_path, make, kind):
+    torch.save({"good": torch.eye(2), "odd": make(torch.eye(2))}, tmp_path / "x.pt")
+    with pytest.raises(ValueError, match=rf"x\.pt must hold dense tensors .*, got another kind in odd \({kind}\)"):
+        load_weights(tmp_path / "x.pt")
+
+
+def test_eight_bit_floats_are_looked_at(tmp_path):
+    """Torch's isfinite has no answer for this type."""
+    found = {name: value.to(torch.float8_e4m3fn) for name, value in weights().items()}
+    check_architecture(found, SHAPE, "x.pt")
+    found["pos_embed"][0, 0, 0] = torch.nan
+    with pytest.raises(ValueError, match="must hold finite numbers, got others in pos_embed"):
+        check_architecture(found, SHAPE, "x.pt")
+
+
+@pytest.mark.parametrize("ending", [False, True])
+def test_a_file_that_was_cut_off_anywhere_is_refused(tmp_path, ending):
+    torch.save({"a": torch.arange(12.0)}, tmp_path / "x.pt", _use_new_zipfile_serialization=ending)
+    whole = (tmp_path / "x.pt").read_bytes()
+    for length in range(0, len(whole), 5):
+        (tmp_path / "x.pt").write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"checkpoint x\.pt must hold tensors only"):
+            load_weights(tmp_path / "x.pt")
 
 
 @pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
@@ -145,13 +211,20 @@ def test_a_label_table_of_another_size_is_named():
     with pytest.raises(ValueError, match="must fit the model") as caught:
         check_architecture(weights(num_classes=12), SHAPE, "x.pt")
     problem = "y_embedder.embedding_table.weight has shape (13, 16) instead of (11, 16)"
-    assert str(caught.value).startswith(f"checkpoint x.pt must fit the model, but {problem}; ")
+    cure = "it is a sit whose num_classes must be 13 or 12 for a label table of 13 rows, got 10"
+    assert str(caught.value) == f"checkpoint x.pt must fit the model, but {problem}; {cure}"
 
 
 def test_a_missing_tensor_is_named():
     incomplete = weights()
     del incomplete["t_embedder.mlp.2.weight"]
-    with pytest.raises(ValueError, match=r"but t_embedder\.mlp\.2\.weight is missing \(1 in all\); the file is incomp"):
+    altered = "the file is incomplete or was altered, by its other tensors it is a sit with these settings"
+    with pytest.raises(ValueError, match=rf"but t_embedder\.mlp\.2\.weight is missing \(1 in all\); {altered}$"):
+        check_architecture(incomplete, SHAPE, "x.pt")
+    with pytest.raises(ValueError, match=rf"but stray is not part of it \(1 in all\); {altered}$"):
+        check_architecture(weights() | {"stray": torch.zeros(2)}, SHAPE, "x.pt")
+    del incomplete["final_layer.linear.weight"]  # which the settings are read from
+    with pytest.raises(ValueError, match=rf"is missing \(2 in all\); {altered}$"):
         check_architecture(incomplete, SHAPE, "x.pt")
 
 
@@ -159,10 +232,63 @@ def test_another_family_is_named():
     config = DiTDHConfig(
         input_size=4, in_channels=6, hidden_size=(8, 12), depth=(1, 1), num_heads=(2, 3), num_classes=10
     )
-    with pytest.raises(ValueError, match=r"; it is a ddt; set model\.family$"):
+    with pytest.raises(ValueError, match=r"; it is a ddt; set model\.family; mixflow import prints"):
         check_architecture(DiTDH(config).state_dict(), SHAPE, "x.pt")
-    with pytest.raises(ValueError, match=r"; it is a sit; set model\.family$"):
+    with pytest.raises(ValueError, match=r"; it is a sit; set model\.family; mixflow import prints"):
         check_architecture(SiT(SiTConfig.published("S")).state_dict(), DiTDHConfig.published("S"), "x.pt")
+    with pytest.raises(ValueError, match=r"; it is a sit; set model\.family; "):  # of no published width
+        check_architecture(weights(), config, "x.pt")
+    with pytest.raises(ValueError, match=r"; it is an sd3; set model\.family$"):
+        check_architecture(SD3(sd3_config()).state_dict(), SHAPE, "x.pt")
+    with pytest.raises(ValueError, match=r"; it is of no known family; give a file of SiT, REPA, RAE or Stable"):
+        check_architecture({"a": torch.zeros(2)}, SHAPE, "x.pt")
+
+
+def test_repas_own_time_is_kept_where_a_file_does_not_tell_it():
+    """A file without projectors looks like a SiT's, and noise_at 0 would let its time run backwards."""
+    config = SiTConfig(**MODEL, noise_at=1, projector_dims=(6,), projector_depth=1)
+    with pytest.raises(ValueError, match="must fit the model") as caught:
+        check_architecture(weights(), config, "x.pt")
+    assert str(caught.value).endswith("; set model.projector_dims to [], and alignment_weight to 0")
+    with pytest.raises(ValueError, match="must fit the model") as caught:
+        check_architecture(weights(depth=2), SiTConfig(**MODEL, noise_at=1), "x.pt")
+    assert str(caught.value).endswith("; set model.depth to 2")
+
+
+@pytest.mark.parametrize(
+    ("stored", "cure"),
+    [
+        ({"num_layers": 2}, "set model.num_layers to 2"),
+        ({"joint_attention_dim": 48}, "set model.joint_attention_dim to 48"),
+        ({"pooled_projection_dim": 12}, "set model.pooled_projection_dim to 12"),
+        ({"pos_embed_max_size": 10}, "set model.pos_embed_max_size to 10"),
+        ({"in_channels": 2}, "set model.in_channels to 2"),
+        ({"patch_size": 4}, "set model.patch_size to 4"),
+        ({"dual_attention_layers": (0,)}, "set model.dual_attention_layers to [0]"),
+        ({"qk_norm": None}, "set model.qk_norm to null"),
+        ({"attention_head_dim": 4, "num_attention_heads": 4}, "model.num_attention_heads to 4, model.attention_head_"),
+        (
+            {"num_attention_heads": 3, "caption_projection_dim": 24},
+            "set model.num_attention_heads to 3, model.caption_projection_dim to 24",
+        ),
+    ],
+)
+def test_settings_of_sd3_are_read_from_its_file(stored, cure):
+    found, config = SD3(sd3_config(**stored)).state_dict(), sd3_config()
+    with pytest.raises(ValueError, match="must fit the model") as caught:
+        check_architecture(found, config, "x.pt")
+    assert cure in str(caught.value)
+    check_architecture(found, sd3_config(**stored), "x.pt")
+    with pytest.raises(ValueError, match="must fit the model") as caught:
+        check_architecture(found, sd3_config(lora_rank=2), "x.pt")
+    assert cure in str(caught.value)
+
+
+def test_an_incomplete_sd3_is_named():
+    found = SD3(sd3_config()).state_dict()
+    del found["context_embedder.weight"]
+    with pytest.raises(ValueError, match=r"the file is incomplete or was altered, .* it is an sd3 with these settings"):
+        check_architecture(found, sd3_config(), "x.pt")
 
 
 # What a file says of itself

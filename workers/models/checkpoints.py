@@ -6,9 +6,9 @@ import argparse
 import math
 import pickle
 import re
+import struct
 import zipfile
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,17 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from workers.models.ddt import DiTDHConfig
-from workers.models.family import ModelConfig, build
-from workers.models.sd3 import SD3Config, load_sd3
+from workers.models.family import ModelConfig
+from workers.models.sd3 import load_sd3
 from workers.models.sit import SIT_SIZES, SiTConfig
+from workers.models.unreadable import why_unreadable
 
 HEADS = {width: heads for _, width, heads in SIT_SIZES.values()}
+# Whatever a file that was cut off or altered makes of torch's reader.
+_TORCH_RAISES = (
+    pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError, AttributeError,
+    AssertionError, struct.error,
+)  # fmt: skip
 NULL_ROWS = {1000: 0.0, 1001: 0.1}  # rows of an ImageNet label table -> the dropout its published training used
 
 
@@ -50,16 +56,31 @@ def load_weights(path: Path) -> dict[str, Tensor]:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError) as error:
-        # torch's advice on how to run a file's code is cut off, and so are its escape sequences.
-        reason = re.sub(r"\x1b\[\d*m", "", str(error)).partition("\n")[0].partition(". ")[0] or type(error).__name__
-        raise ValueError(f"checkpoint {path.name} must hold tensors only, in torch's own format; {reason}") from error
+    except _TORCH_RAISES as error:
+        raise _unreadable(path, error) from error
     weights = content.get("ema", content) if isinstance(content, Mapping) else None
     if not isinstance(weights, Mapping) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in weights.items()
     ):
         raise ValueError(f"checkpoint {path.name} must be a state dict or hold one as 'ema', got neither")
+    for name, value in weights.items():
+        if value.layout is not torch.strided or value.is_quantized or value.is_nested or value.is_meta:
+            raise ValueError(
+                f"checkpoint {path.name} must hold dense tensors of plain numbers, got another kind in {name} "
+                f"({_kind_of(value)}); convert it (to_dense, dequantize) and save it again"
+            )
     return _renamed(dict(weights))
+
+
+def _kind_of(value: Tensor) -> str:
+    if value.is_nested or value.is_meta:
+        return "nested" if value.is_nested else "meta, without numbers"
+    return f"quantised, {value.dtype}" if value.is_quantized else str(value.layout)
+
+
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    rule = f"checkpoint {path.name} must hold tensors only, in torch's own format"
+    return ValueError(f"{rule}; {why_unreadable(path, error)}")
 
 
 def _check_sums(path: Path) -> None:
@@ -73,7 +94,7 @@ def _check_sums(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             altered = archive.testzip()
     except zipfile.BadZipFile as error:
-        raise ValueError(f"checkpoint {path.name} must hold tensors only, in torch's own format; {error}") from error
+        raise _unreadable(path, error) from error
     if altered:
         raise ValueError(
             f"checkpoint {path.name} must be as it was written, but its {altered} was altered; get it anew"
@@ -84,7 +105,7 @@ def _renamed(weights: dict[str, Tensor]) -> dict[str, Tensor]:
     """REPA's older names: decoder_blocks.k follow the last of blocks."""
     if not any(name.startswith("decoder_blocks.") for name in weights):
         return weights
-    behind = _count(weights, "blocks")
+    behind = count_of(weights, "blocks")
     return {
         re.sub(r"^decoder_blocks\.(\d+)", lambda found: f"blocks.{int(found[1]) + behind}", name): value
         for name, value in weights.items()
@@ -119,14 +140,16 @@ def infer_config(weights: Mapping[str, Tensor], *, family: str | None = None, **
         ValueError: the names are of no known family, or something must be given.
     """
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
+    kind = family_of(shapes)
     try:
-        if "s_embedder.proj.weight" in shapes and family in (None, "rae"):
+        if kind == "ddt" and family in (None, "rae"):
             return _infer_ddt(shapes, given)
-        if "y_embedder.embedding_table.weight" in shapes and family in (None, "sit", "repa"):
+        if kind == "sit" and family in (None, "sit", "repa"):
             return _infer_sit(shapes, family, given)
     except KeyError as error:
+        owners = "RAE" if kind == "ddt" else "SiT and REPA"
         raise ValueError(
-            f"checkpoint must have {error.args[0]}, which every file of its family has; got none"
+            f"checkpoint must have {error.args[0]}, which every file of {owners} has; got none, the file is incomplete"
         ) from error
     except (IndexError, TypeError, ZeroDivisionError) as error:
         raise ValueError(f"checkpoint must have tensors of its family's shapes, got others ({error})") from error
@@ -134,6 +157,19 @@ def infer_config(weights: Mapping[str, Tensor], *, family: str | None = None, **
         f"checkpoint must be of a known family{f' ({family})' if family else ''}: SiT and REPA have a y_embedder, RAE "
         f"an s_embedder too, SD3 is a diffusers directory; got {', '.join(sorted(shapes)[:3])} ..."
     )
+
+
+def family_of(names: Iterable[str]) -> str | None:
+    """The model family whose parts these tensors are named after, `sit`, `ddt` or `sd3`; None for none of them.
+
+    A REPA file is a `sit`; a file that lacks some of its tensors is still told.
+    """
+    parts = {name.partition(".")[0] for name in names}
+    if "transformer_blocks" in parts:
+        return "sd3"
+    if parts & {"s_embedder", "s_projector", "enc_feat_rope", "dec_feat_rope"}:
+        return "ddt"
+    return "sit" if "blocks" in parts and parts & {"x_embedder", "y_embedder"} else None
 
 
 def _infer_sit(shapes: Mapping[str, tuple[int, ...]], family: str | None, given: Mapping[str, Any]) -> SiTConfig:
@@ -147,7 +183,7 @@ def _infer_sit(shapes: Mapping[str, tuple[int, ...]], family: str | None, given:
         "patch_size": patch,
         "in_channels": channels,
         "hidden_size": width,
-        "depth": _count(shapes, "blocks"),
+        "depth": count_of(shapes, "blocks"),
         "num_heads": given.get("num_heads", heads),
         "learn_sigma": shapes["final_layer.linear.weight"][0] == 2 * channels * patch**2,
         "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / width,
@@ -166,7 +202,7 @@ def _infer_sit(shapes: Mapping[str, tuple[int, ...]], family: str | None, given:
 def _infer_ddt(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any]) -> DiTDHConfig:
     encoder, channels = shapes["s_embedder.proj.weight"][:2]
     decoder = shapes["x_embedder.proj.weight"][0]
-    widths = [shapes[f"blocks.{i}.norm1.weight"][0] for i in range(_count(shapes, "blocks"))]
+    widths = [shapes[f"blocks.{i}.norm1.weight"][0] for i in range(count_of(shapes, "blocks"))]
     heads = tuple(
         width // shapes[f"{part}_feat_rope.freqs_cos"][1] for part, width in (("enc", encoder), ("dec", decoder))
     )
@@ -201,58 +237,7 @@ def _labels(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any]) -> 
     return {"num_classes": classes or 1000, "class_dropout_prob": given.get("class_dropout_prob", dropout)}
 
 
-def _count(names: Mapping[str, Any], part: str) -> int:
+def count_of(names: Mapping[str, Any], part: str) -> int:
     """How many numbered modules `part` has."""
     numbers = [int(found[1]) for name in names if (found := re.match(rf"{part}\.(\d+)\.", name))]
     return max(numbers, default=-1) + 1
-
-
-def check_architecture(weights: Mapping[str, Tensor], config: ModelConfig, name: str) -> None:
-    """Compares names and shapes with those of the model.
-
-    Raises:
-        ValueError: they differ, and the message names the first difference and the cure, or what the file is instead;
-            or a tensor holds no finite numbers.
-    """
-    plain = replace(config, lora_rank=0, lora_alpha=None) if isinstance(config, SD3Config) else config
-    with torch.device("meta"):
-        expected = {key: tuple(value.shape) for key, value in build(plain).state_dict().items()}
-    found = {key: tuple(value.shape) for key, value in weights.items()}
-    if found == expected:
-        for key, value in weights.items():
-            if not value.is_floating_point() or not bool(torch.isfinite(value).all()):
-                raise ValueError(f"checkpoint {name} must hold finite numbers, got others in {key}; take a sound file")
-        return
-    missing, unknown = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
-    differing = sorted(key for key in expected.keys() & found.keys() if expected[key] != found[key])
-    if missing:
-        problem = f"{missing[0]} is missing ({len(missing)} in all)"
-    elif unknown:
-        problem = f"{unknown[0]} is not part of it ({len(unknown)} in all)"
-    else:
-        problem = f"{differing[0]} has shape {found[differing[0]]} instead of {expected[differing[0]]}"
-    raise ValueError(f"checkpoint {name} must fit the model, but {problem}; {_cure(weights, config)}")
-
-
-def _cure(weights: Mapping[str, Tensor], config: ModelConfig) -> str:
-    """What to set, from what the file says of itself."""
-    given: dict[str, Any] = {"num_classes": config.num_classes}
-    if isinstance(config, SiTConfig):
-        depth = _count(weights, "blocks") if "projectors.0.0.weight" in weights else config.projector_depth
-        given |= {"num_heads": config.num_heads, "projector_depth": min(config.projector_depth, depth)}
-    elif isinstance(config, DiTDHConfig):
-        given |= {"depth": config.depth}
-    try:
-        other = infer_config(weights, **given)
-    except ValueError:
-        return "it is of no family that is known with these settings"
-    if other.family != config.family:
-        return f"it is a {other.family}; set model.family"
-    if other == config:
-        return "the file is incomplete or was altered"
-    mine = {k: v for k, v in vars(other).items() if v != vars(config)[k]}
-    return "set " + ", ".join(f"model.{key} to {_plain(value)}" for key, value in mine.items())
-
-
-def _plain(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(list(value) if isinstance(value, tuple) else value)
