@@ -81,7 +81,7 @@ def write_comparison(
         cost_titles=list(COST),
         total={label: _total(experiment) for label, experiment in labels.items()},
         nfe=nfe,
-        nfe_cells=list(dict.fromkeys(cell for counts in nfe.values() for cell in counts)),
+        nfe_cells=_by_evaluations({cell: n for counts in nfe.values() for cell, n in counts.items()}),
         settings=_differing({label: _settings(experiment) for label, experiment in labels.items()}),
         arm_settings=_differing({row.name: found for row in rows if (found := _arm_settings(row))}),
         runs={row.name: row.seeds for row in rows},
@@ -251,6 +251,10 @@ def _nfe(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
         for row in rows
         if row.seeds
     }
+
+
+def _by_evaluations(nfe: Mapping[str, float]) -> list[str]:
+    return sorted(nfe, key=lambda cell: (nfe[cell], cell))
 
 
 def _settings(experiment: TrackedExperiment) -> dict[str, str]:

@@ -98,7 +98,8 @@ def training_curves(curves: Mapping[str, Mapping[str, Sequence[Curve]]], colours
                     values.setdefault(step, []).append(value)
                 steps = sorted(values)
                 means = [math.fsum(values[step]) / len(values[step]) for step in steps]
-                axis.plot(steps, means, color=colours[name], lw=1.3, label=name if key == next(iter(curves)) else None)
+                style = {"color": colours[name], "lw": 1.3, "marker": "o" if len(steps) < 10 else None, "ms": 4}
+                axis.plot(steps, means, **style, label=name if key == next(iter(curves)) else None)
                 low, high = ([extreme(values[step]) for step in steps] for extreme in (min, max))
                 axis.fill_between(steps, low, high, color=colours[name], alpha=0.15, lw=0)
             _dress(axis, key, "step")

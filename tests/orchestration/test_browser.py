@@ -56,8 +56,8 @@ def visit(browser: Browser) -> Iterator[Callable[..., Seen]]:
     """Opens an address in a fresh window."""
     windows = []
 
-    def go(address: str, width: int = 1400) -> Seen:
-        windows.append(browser.new_page(viewport={"width": width, "height": 1000}))
+    def go(address: str, width: int = 1400, height: int = 1000) -> Seen:
+        windows.append(browser.new_page(viewport={"width": width, "height": height}))
         seen = Seen(windows[-1])
         seen.page.set_default_timeout(PATIENCE_MS)
         seen.page.on("console", lambda said: seen.errors.append(said.text) if said.type == "error" else None)
@@ -301,7 +301,8 @@ def test_the_compare_page_draws_parallel_coordinates(visit, served):
 
 @pytest.mark.mlflow
 def test_the_compare_page_shows_the_samples_side_by_side(visit, served):
-    page = visit(compare_page(served, "standard/0", "mixflow/0"), width=1800).page
+    """Of two runs: the pictures of three cover the list of files, whatever the files."""
+    page = visit(compare_page(served, "standard/0", "mixflow/0"), width=1800, height=2400).page
     page.get_by_text("euler20-s1.png", exact=True).click()
     pictures = page.locator("img[src^='blob:'], img[src*='euler20-s1.png']")
     expect(pictures).to_have_count(2)
