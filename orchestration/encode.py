@@ -92,6 +92,7 @@ def encode(
         "transform": TRANSFORM,
         "codec": codec.description,
         "num_images": sum(len(shard.places) for shard in plan.shards),
+        "fingerprint": plan.fingerprint,
         "num_unreadable": sum(len(record["unreadable"]) for record in found.values()),
         "classes": plan.classes,
         "seconds": time.monotonic() - start,

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,12 +28,17 @@ from workers.manifest import measure
 from workers.models.family import ModelConfig
 from workers.models.sd3 import SD3Config
 from workers.pretrained import text_widths
+from workers.sources import is_there, list_source
 
 FACTS_VERSION = 1
 
 
-def check_inputs(workspace: Workspace) -> None:
+def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> None:
     """Reads everything that was given or that an earlier run left, before any worker is started.
+
+    Args:
+        workspace: of the experiment.
+        forced: stages that are to be done anew, whatever an earlier run left.
 
     Raises:
         ValueError: data or a checkpoint that cannot be used; CorruptError: an artifact that was altered.
@@ -49,7 +54,7 @@ def check_inputs(workspace: Workspace) -> None:
     if experiment.codec:
         _check_codec(experiment, experiment.codec)
     facts: dict[str, Any] = {}
-    if workspace.artifact("data"):
+    if workspace.artifact("data") and not (experiment.data.images and "data" in forced):
         facts = check_data(workspace)
     elif experiment.data.images and experiment.codec:
         with readable("data.images.source", experiment.data.images.source), of_section("data.images"):
@@ -157,6 +162,28 @@ def check_data(workspace: Workspace) -> dict[str, Any]:
     if directory:
         storage.put(kept, json.dumps(facts).encode())
     return facts
+
+
+def source_changes(workspace: Workspace) -> list[str]:
+    """A line for a warning where data that are kept were encoded from a source that holds something else by now.
+
+    A source that is no longer there says nothing: the data are published.
+    """
+    settings, artifact = workspace.experiment.data.images, workspace.artifact("data")
+    then = artifact.manifest.meta if artifact else {}
+    if not settings or "fingerprint" not in then or not is_there(settings.source):
+        return []
+    try:
+        source = list_source(settings.source, captions=settings.text_encoders is not None)
+    except (ValueError, OSError) as error:
+        found = f"cannot be listed any more ({' '.join(str(error).split())})"
+    else:
+        if source.fingerprint == then["fingerprint"]:
+            return []
+        found = f"holds {len(source.places)} images, and held {then['num_images']} when it was encoded"
+        if len(source.places) == then["num_images"]:
+            found += ", of other names, sizes or labels"
+    return [f"data.images.source {settings.source} {found}; the encoded data are kept, --force data redoes them"]
 
 
 def _check_split(experiment: Experiment, name: images.Split, facts: Mapping[str, Any]) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from orchestration import cluster, tracking
 from orchestration.experiment import Experiment
-from orchestration.inputs import check_inputs
+from orchestration.inputs import check_inputs, source_changes
 from orchestration.run import Place, open_workspace
 from orchestration.workflow import Workspace
 from workers.cost import cost_of
@@ -47,7 +47,7 @@ def make_plan(experiment: Experiment, place: Place) -> dict[str, Any]:
         "identity": experiment.identity,
         "workspace": place.storage.uri,
         "tracking": place.tracking_uri,
-        "warnings": place.warnings,
+        "warnings": [*place.warnings, *source_changes(workspace)],
         "stages": [{"name": name, "state": state} for name, state in states.items()],
         **costs(experiment),
         "training_steps": sum(training["steps"] for training in to_train),

@@ -111,12 +111,14 @@ class Plan(NamedTuple):
         shards: in the order of their rows, the held-out ones last.
         captions: by label; empty for class labels.
         classes: names of the classes by label, where the source has names.
+        fingerprint: of the listing, see Source.
     """
 
     recipe: Recipe
     shards: list[Shard]
     captions: list[str]
     classes: list[str]
+    fingerprint: str
 
 
 class Unreadable(NamedTuple):
@@ -166,7 +168,7 @@ def plan_encoding(settings: Images, codec: CodecConfig) -> Plan:
             part = of_split[start : start + size]
             shards.append(Shard(split, number, [source.places[row] for row in part], [labels[row] for row in part]))
     recipe = Recipe(settings, codec, source.kind, source.root, num_classes)
-    return Plan(recipe, shards, captions, source.classes)
+    return Plan(recipe, shards, captions, source.classes, source.fingerprint)
 
 
 def _check_directory(name: str, path: str | None, stated: str | None) -> None:

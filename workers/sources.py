@@ -18,6 +18,8 @@ from typing import Literal, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from workers.manifest import canonical_hash
+
 Kind = Literal["folder", "webdataset", "parquet"]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _KIND_OF = {".tar": "webdataset", ".parquet": "parquet", **dict.fromkeys(IMAGE_SUFFIXES, "folder")}
@@ -65,6 +67,14 @@ class Source(NamedTuple):
         """Number of class labels; 0 with captions."""
         return max(self.labels) + 1 if self.labels else 0
 
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the names and sizes of the images, and of their labels or captions and the classes' names."""
+        values = self.labels if self.labels is not None else self.captions
+        assert values is not None, "a source has labels or captions"
+        rows = [[place.name, place.size, value] for place, value in zip(self.places, values, strict=True)]
+        return canonical_hash([self.classes, rows])
+
 
 _Found = tuple[Place, int | str]  # an image with its label or caption
 
@@ -107,6 +117,14 @@ def list_source(source: str, *, captions: bool) -> Source:
     labels = [int(label) for label in wanted]
     _check_labels(labels, places)
     return Source(kind, root, places, labels, None, classes)  # type: ignore[arg-type]
+
+
+def is_there(source: str) -> bool:
+    """Whether there is any file at a source: a mount point that is not mounted is an empty directory."""
+    try:
+        return bool(_files(source)[1])
+    except ValueError:
+        return False
 
 
 def _files(source: str) -> tuple[Path, list[str]]:

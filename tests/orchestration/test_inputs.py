@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,12 +13,15 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_clip, tiny_dinov2, tiny_rae_decoder, tiny_rae_statistics, tiny_vae
-from twins import twin
+from twins import one_by_one, twin
 
-from orchestration import inputs, workflow
+from orchestration import encode, inputs, run, workflow
 from orchestration.experiment import Experiment
-from orchestration.inputs import check_data, check_inputs, local_codec, local_copy
+from orchestration.inputs import check_data, check_inputs, local_codec, local_copy, source_changes
+from orchestration.plan import make_plan
+from orchestration.progress import Progress
 from orchestration.recipe import load, read, validated
+from orchestration.run import Place
 from orchestration.storage import Storage, open_storage
 from orchestration.workflow import Workspace
 from workers import data
@@ -246,3 +253,99 @@ def test_text_encoders_must_fit_the_model(tmp_path):
         f"data.images.text_encoders: {dino}/text_encoder must be a directory with a config.json in the layout of its "
         "library, got none"
     )
+
+
+# ---------------------------------------------------------------------------------------- after data were encoded
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A home whose images were encoded."""
+    home = tmp_path_factory.mktemp("encoded")
+    experiment, storage = twin("sit-b-256", home), open_storage(str(home / "ws"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(encode, "_run", one_by_one)
+        patch.setattr(run, "_join", lambda *_: None)
+        progress = Progress(["data"], 0)
+        run._encode(Workspace(experiment, storage), ExitStack(), progress)
+        progress.close()
+    (home / "experiment.json").write_text(experiment.model_dump_json())
+    return home
+
+
+@pytest.fixture
+def home(once: Path) -> Iterator[tuple[Experiment, Workspace, Path]]:
+    """The experiment, its workspace, and its images, which are put back afterwards."""
+    experiment = Experiment.model_validate_json((once / "experiment.json").read_text())
+    shutil.copytree(once / "images", once / "kept")
+    yield experiment, Workspace(experiment, open_storage(str(once / "ws"))), once / "images"
+    shutil.rmtree(once / "images", ignore_errors=True)
+    (once / "kept").rename(once / "images")
+
+
+Home = tuple[Experiment, Workspace, Path]
+
+
+def test_a_source_that_is_the_same_or_gone_says_nothing(home: Home) -> None:
+    _, workspace, images = home
+    assert source_changes(workspace) == []
+    for file in images.rglob("*.png"):
+        os.utime(file, (0, 0))
+    assert source_changes(workspace) == []
+    for file in images.rglob("*.png"):
+        file.unlink()
+    shutil.rmtree(images)
+    assert source_changes(workspace) == []
+    images.mkdir()  # where another disk would be mounted
+    assert source_changes(workspace) == []
+
+
+CHANGES = {
+    "removed": (lambda images: (images / "zero" / "0000.png").unlink(), "holds 259 images, and held 260 when"),
+    "renamed": (
+        lambda images: (images / "zero" / "0000.png").rename(images / "zero" / "0.png"),
+        "holds 260 images, and held 260 when it was encoded, of other names, sizes or labels; the",
+    ),
+    "of another size": (
+        lambda images: (images / "zero" / "0000.png").write_bytes(b"x"),
+        "holds 260 images, and held 260 when it was encoded, of other names, sizes or labels; the",
+    ),
+    "of another name of a class": (
+        lambda images: (images / "zero").rename(images / "zerp"),
+        "holds 260 images, and held 260 when it was encoded, of other names, sizes or labels; the",
+    ),
+    "no class folders": (
+        lambda images: (images / "zero" / "0000.png").rename(images / "0.png"),
+        "cannot be listed any more (source must be a folder of class directories",
+    ),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_source_that_changed_after_it_was_encoded_is_a_warning(home: Home, change: str) -> None:
+    experiment, workspace, images = home
+    make, says = CHANGES[change]
+    make(images)
+    (line,) = source_changes(workspace)
+    assert line.startswith(f"data.images.source {images} {says}")
+    assert line.endswith("; the encoded data are kept, --force data redoes them")
+    assert "\n" not in line
+    plan = make_plan(experiment, Place(workspace.storage, "", ["other"]))
+    assert plan["warnings"] == ["other", line]
+    assert plan["stages"][0] == {"name": "data", "state": "done"}
+
+
+def test_a_run_warns_of_a_changed_source_and_force_checks_it_first(home: Home, monkeypatch, capfd) -> None:
+    experiment, workspace, images = home
+    place = Place(workspace.storage, f"sqlite:///{images.parent}/mlflow.db", [])
+    (images / "zero" / "0000.png").unlink()
+    outcome = run.run_experiment(experiment, place, targets=lambda stage: stage.name == "data")
+    assert outcome["stages"][0]["state"] == "reused"
+    assert "warning: data.images.source" in (said := capfd.readouterr().err)
+    assert "holds 259 images, and held 260 when" in said
+    # What cannot be encoded is refused before anything is removed.
+    shutil.rmtree(images / "one")
+    force = {"targets": lambda stage: stage.name == "data", "force": ("data",)}
+    with pytest.raises(ValueError, match="num_classes must be the 9 of"):
+        run.run_experiment(experiment, place, **force)
+    assert Workspace(experiment, place.storage).artifact("data")

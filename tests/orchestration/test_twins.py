@@ -8,12 +8,11 @@ import json
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 import yaml
 from clusters import Run
-from twins import HELD_OUT, IMAGES, RECIPES, twin
+from twins import HELD_OUT, IMAGES, RECIPES, one_by_one, twin
 
 from orchestration import encode, results, run
 from orchestration.convert import export_weights
@@ -38,7 +37,7 @@ class Finished:
         self.place = Place(open_storage(str(home / "ws")), "", [])
         self.workspace, self.told = Workspace(self.experiment, self.place.storage), []
         # What Ray Data would spread over its actors, one after the other.
-        monkeypatch.setattr(encode, "_run", _one_by_one)
+        monkeypatch.setattr(encode, "_run", one_by_one)
         monkeypatch.setattr(run, "_join", lambda *_: None)
         run.check_inputs(self.workspace)
         stages = list(self.workspace.stages.values())
@@ -61,14 +60,6 @@ class Finished:
 
     def weights(self, stage: str) -> dict[str, torch.Tensor]:
         return load_weights(Path(self.workspace.result(stage).full_uri) / "weights.safetensors")
-
-
-def _one_by_one(plan, task, *_):
-    worker = encode.Worker(task)
-    pieces = [encode._piece(plan.recipe.identity, "captions.parquet", captions=plan.captions)] if plan.captions else []
-    pieces += [encode._piece(plan.recipe.identity, encode._name(shard), shard=shard) for shard in plan.shards]
-    for piece in pieces:
-        yield json.loads(worker(pa.table({"piece": [piece]}))["answer"][0].as_py())
 
 
 def check_data(finished: Finished, flips: bool) -> None:

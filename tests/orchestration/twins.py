@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import torch
 from image_sources import captioned_folder, class_folder, pictures
 from pydantic import TypeAdapter
@@ -14,10 +16,12 @@ from tiny_models import tiny_clip, tiny_dinov2, tiny_rae_decoder, tiny_rae_stati
 from tiny_sd3 import randomise, tiny_text_encoders
 
 from mixflow_core.samplers import Sampler
+from orchestration import encode
 from orchestration.convert import import_weights
 from orchestration.experiment import Experiment
 from orchestration.recipe import read, validated
 from workers.codecs import directory_hash
+from workers.encode import Plan
 from workers.manifest import measure
 from workers.models.family import ModelConfig, build
 from workers.models.sd3 import SD3Config, save_sd3
@@ -139,3 +143,12 @@ def _weights(
         content = {"model": other, "ema": weights, "opt": {}, "args": argparse.Namespace(model="SiT-XL/2")}
     torch.save(content, path)
     return {"checkpoint": str(path), "sha256": measure(path).sha256}
+
+
+def one_by_one(plan: Plan, task: encode.Task, *_: Any) -> Iterator[dict[str, Any]]:
+    """In place of `encode._run`: what Ray Data would spread over its actors, one after the other in this process."""
+    worker = encode.Worker(task)
+    pieces = [encode._piece(plan.recipe.identity, "captions.parquet", captions=plan.captions)] if plan.captions else []
+    pieces += [encode._piece(plan.recipe.identity, encode._name(shard), shard=shard) for shard in plan.shards]
+    for piece in pieces:
+        yield json.loads(worker(pa.table({"piece": [piece]}))["answer"][0].as_py())
