@@ -17,7 +17,8 @@ from orchestration.experiment import Experiment
 from orchestration.inputs import check_inputs, source_changes
 from orchestration.run import Place, open_workspace
 from orchestration.workflow import Workspace
-from workers.cost import cost_of
+from workers.config import Training
+from workers.cost import Cost, cost_of
 
 GIB = 2**30
 
@@ -32,14 +33,15 @@ def make_plan(experiment: Experiment, place: Place) -> dict[str, Any]:
     check_inputs(workspace)
     cluster.check_local_machine(experiment.cluster)
     states = {name: workspace.state(name) for name in workspace.stages}
-    cost = cost_of(experiment.model)
+    cost = _cost(experiment)
+    # Without REPA's projectors, which sampling has no use for.
+    sampling_cost = cost_of(experiment.model) if experiment.alignment_weight else cost
     to_do = {name for name, state in states.items() if state == "to do"}
     to_train = [workspace.stages[n].settings["run"]["training"] for n in to_do if _is_training(workspace, n)]
     images = sum(training["steps"] * training["global_batch_size"] for training in to_train)
     to_sample = [workspace.stages[name].settings for name in to_do if name.startswith("samples/")]
     evaluations = sum(_evaluations(settings) for settings in to_sample)
-    training = experiment.training
-    kept = (training.keep_checkpoints + 1) * 4 + 1  # model, EMA and two moments a checkpoint; the final EMA once
+    kept = sum(cost.run_bytes(Training.model_validate(training)) for training in to_train)
     images_sampled = sum(len(settings["samplers"]) * settings["num_samples"] for settings in to_sample)
     sampled_bytes = math.prod(experiment.image_shape) * images_sampled
     return {
@@ -52,14 +54,14 @@ def make_plan(experiment: Experiment, place: Place) -> dict[str, Any]:
         **costs(experiment),
         "training_steps": sum(training["steps"] for training in to_train),
         "training_flops": float(cost.training_flops * images),
-        "sampling_flops": float(cost.forward_flops * evaluations),
-        "storage_gib": (4 * cost.parameters * kept * len(to_train) + sampled_bytes) / GIB,
+        "sampling_flops": float(sampling_cost.forward_flops * evaluations),
+        "storage_gib": (kept + sampled_bytes) / GIB,
     }
 
 
 def costs(experiment: Experiment) -> dict[str, Any]:
     """What the model costs, whatever is done already and whether its files are there or not."""
-    cost, training = cost_of(experiment.model), experiment.training
+    cost, training = _cost(experiment), experiment.training
     shards = -(-training.num_shards // experiment.cluster.num_workers)
     images = training.global_batch_size // training.num_shards * min(training.shards_per_pass or shards, shards)
     memory = {
@@ -82,6 +84,11 @@ def costs(experiment: Experiment) -> dict[str, Any]:
         "memory_gib_by_mode": memory,
         "arm_flops": float(cost.training_flops * training.steps * training.global_batch_size),
     }
+
+
+def _cost(experiment: Experiment) -> Cost:
+    """As it is trained."""
+    return cost_of(experiment.model, align=experiment.alignment_weight > 0)
 
 
 def cost_lines(plan: Mapping[str, Any], mfu: float, peak_tflops: float) -> list[str]:

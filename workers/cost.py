@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from workers.config import Training
 from workers.models.family import ModelConfig, Network, blocks_of, build
 from workers.models.sd3 import SD3, SD3Config
+from workers.models.sit import SiT
 
 CAPTION_TOKENS = 333  # 77 of the two CLIP encoders side by side, 256 of T5: what SD3 is sampled with
 
@@ -26,24 +27,30 @@ class Cost:
     """What one image costs in a network.
 
     Attributes:
-        parameters: of the network; `trainable`: those of them that train.
+        parameters: of the network; `trainable`: those of them that train; `saved`: those that its files hold, which are
+            the trainable ones under LoRA.
         largest_block: parameters of its largest block.
         forward_flops: of one forward pass, 2 for each multiply-add (papers that say Gflops count multiply-adds).
+        training_flops: of a forward and a backward pass. Three times as many, but for what needs no gradient: a LoRA's
+            frozen weights, and the inputs. What activations computed again cost is not counted.
         activation_bytes: kept for the backward pass in fp32, without the attention matrices, which fused kernels spare.
         checkpointed_bytes: the same where blocks are computed again: what enters each block, and the largest block's.
     """
 
     parameters: int
     trainable: int
+    saved: int
     largest_block: int
     forward_flops: int
+    training_flops: int
     activation_bytes: int
     checkpointed_bytes: int
 
-    @property
-    def training_flops(self) -> int:
-        """Forward, and backward at twice as much."""
-        return 3 * self.forward_flops
+    def run_bytes(self, training: Training) -> int:
+        """What a training leaves: its checkpoints (weights, average, two moments) in fp32, and the final average."""
+        made = -(-training.steps // training.checkpoint_every)
+        kept = min(training.keep_checkpoints + 1, made)  # the best one beside the newest
+        return 4 * (kept * 2 * (self.saved + self.trainable) + self.saved)
 
     def memory_bytes(self, training: Training, images: int, num_workers: int) -> float:
         """Estimate of a worker's peak for passes of `images` images.
@@ -61,28 +68,48 @@ class Cost:
         return states + kept * images
 
 
-def cost_of(config: ModelConfig) -> Cost:
-    """Counts a network of this configuration on one image."""
+def cost_of(config: ModelConfig, *, align: bool = False) -> Cost:
+    """Counts a network of this configuration on one image.
+
+    Args:
+        config: of the network.
+        align: with REPA's projectors, as in training with an alignment loss; sampling is without them.
+    """
     if isinstance(config, SD3Config):
         config = replace(config, num_classes=1)  # captions of a whole data set would be in the way
     with torch.device("meta"):
         model = build(config)
         x = torch.empty(1, config.in_channels, config.input_size, config.input_size)
         t, y = torch.empty(1), torch.zeros(1, dtype=torch.int64)
+    if isinstance(model, SiT) and model.config.projector_dims:
+        model.projectors.requires_grad_(align)  # as training does
     if isinstance(model, SD3):
         sizes = (CAPTION_TOKENS, model.config.joint_attention_dim), (model.config.pooled_projection_dim,)
         model.set_captions(*(np.zeros((config.num_classes + 1, *size), np.float16) for size in sizes))
         y = torch.zeros(1, dtype=torch.int64)  # rows are looked up on the CPU
-    with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        model(x, t, y)
+
+    def forward() -> list[Tensor]:
+        if not (align and isinstance(model, SiT)):
+            return [model(x, t, y)]
+        out, projections = model(x, t, y, align=True)
+        return [out, *projections]
+
+    with FlopCounterMode(display=False) as counter:
+        answers = forward()
+        forward_flops = counter.get_total_flops()
+        torch.stack([answer.sum() for answer in answers]).sum().backward()
     kept = _Kept(model)
-    kept.count(x, t, y)
+    kept.count(forward)
     blocks = [sum(p.numel() for p in block.parameters()) for block in blocks_of(model)]
+    parameters = sum(p.numel() for p in model.parameters())
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Cost(
-        parameters=sum(p.numel() for p in model.parameters()),
-        trainable=sum(p.numel() for p in model.parameters() if p.requires_grad),
+        parameters=parameters,
+        trainable=trainable,
+        saved=trainable if isinstance(config, SD3Config) and config.lora_rank else parameters,
         largest_block=max(blocks),
-        forward_flops=counter.get_total_flops(),
+        forward_flops=forward_flops,
+        training_flops=counter.get_total_flops(),
         activation_bytes=sum(sum(sizes.values()) for sizes in kept.by_block.values()),
         checkpointed_bytes=kept.outside + kept.entering + max(kept.of_blocks),
     )
@@ -128,14 +155,14 @@ class _Kept:
         """Of each block."""
         return [sum(sizes.values()) for number, sizes in self.by_block.items() if number >= 0]
 
-    def count(self, *inputs: Tensor) -> None:
+    def count(self, forward: Callable[[], object]) -> None:
         """One forward pass, observed."""
         handles = []
         for number, block in enumerate(blocks_of(self.model)):
             handles.append(block.register_forward_pre_hook(self._enter(number), with_kwargs=True))
             handles.append(block.register_forward_hook(self._leave))
         with saved_tensors_hooks(self._pack, lambda kept: kept), _fused_attention():
-            self.out = self.model(*inputs)  # held, so that no storage's address is given twice
+            self.out = forward()  # held, so that no storage's address is given twice
         for handle in handles:
             handle.remove()
 

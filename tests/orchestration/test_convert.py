@@ -194,3 +194,11 @@ def test_plan_of_a_published_recipe_costs_without_any_file_and_then_fails(capsys
     assert err.count("\n") == 1
     assert main(["plan", "sit-xl-256", "--mfu", "0"]) == 2
     assert "--mfu must lie in (0, 1], got 0.0" in capsys.readouterr().err
+
+
+def test_plan_counts_repas_projectors_where_the_loss_has_them(capsys):
+    for override, counted in (("alignment_weight=0.5", (241.39, 724.2)), ("alignment_weight=0", (237.23, 711.7))):
+        assert main(["plan", "repa-xl-256", "--json", "--set", override]) == 2
+        plan = json.loads(capsys.readouterr().out)
+        assert plan["forward_gflops_per_image"] == pytest.approx(counted[0], abs=0.005)
+        assert plan["training_gflops_per_image"] == pytest.approx(counted[1], abs=0.1)
