@@ -53,8 +53,8 @@ def test_mlflow_holds_every_run_and_every_metric_once(finished: tuple[Path, dict
         there = [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, key)]
         assert sorted(there) == [(row["step"], row[key]) for row in history if key in row]
     of_arm = next(arm for arm in answer["arms"] if arm["name"] == "mixflow")
-    value = of_arm["metrics"]["heun10/s1"]["recall"]["values"][1]
-    assert run.data.metrics["eval/recall/heun10/s1"] == value
+    value = of_arm["metrics"]["heun10/s1"]["recall_digits"]["values"][1]
+    assert run.data.metrics["eval/recall_digits/heun10/s1"] == value
     assert run.data.params["mixture.gamma"] == "0.8"
     assert {artifact.path for artifact in client.list_artifacts(run.info.run_id)} >= {"euler4-s1.png"}
 
