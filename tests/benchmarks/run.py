@@ -47,8 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--quick", action="store_true", help="does everything run? Figures of a few steps mean little")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the note and benchmarks.jsonl")
     options = parser.parse_args(argv)
-    needed = {"gpu": _has_gpu, "metrics": available}
-    names = options.only or [name for name in BENCHMARKS if name not in needed or needed[name]()]
+    names = options.only or [name for name in BENCHMARKS if name not in NEEDS or NEEDS[name][0]()]
     command = " ".join(["python tests/benchmarks/run.py", *(argv if argv is not None else sys.argv[1:])])
     about, outcomes, start = {"time": now(), **machine()}, [], time.monotonic()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -68,6 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(name: str, quick: bool) -> Outcome:
+    is_there, what = NEEDS.get(name, (lambda: True, ""))
+    if not is_there():
+        return Outcome(name, "", [], {}, failed=f"needs {what}, got none: not measured")
     try:
         return BENCHMARKS[name](quick)
     except Exception as error:  # the others can still be measured, and the note says that this one was not
@@ -80,6 +82,13 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+# What a benchmark cannot do without; all of them together leave out those that lack it.
+NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
+    "gpu": (_has_gpu, "a CUDA device"),
+    "metrics": (available, "torch-fidelity in .venv/fidelity"),
+}
 
 
 if __name__ == "__main__":
