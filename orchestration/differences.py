@@ -8,15 +8,15 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 from mixflow_core.statistics import Interval, nested_interval, pairs_needed
+from orchestration.titles import lower_is_better
 
 Call = Literal["better", "worse", "inconclusive"]
-HIGHER_IS_BETTER = ("precision", "recall", "inception_score", "clip_score")
 WITHOUT_RECALL = ("fd_patches", "fd_pixels", "clip_score")  # no features whose neighbourhoods recall could count
 
 
 def higher_is_better(metric: str) -> bool:
     """The better direction by the metric's name: up for precision, recall, Inception and CLIP score, else down."""
-    return metric in HIGHER_IS_BETTER or metric.startswith(("precision_", "recall_"))
+    return lower_is_better(metric) is False
 
 
 def recall_of(metric: str) -> str:
