@@ -166,7 +166,8 @@ def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
     import ray.train.torch
     import torch
 
-    from orchestration.stages import Site, run_stages
+    from orchestration.site import Site
+    from orchestration.stages import run_stages
     from workers.train import NonFiniteLossError
 
     experiment = Experiment.model_validate_json(config["experiment"])

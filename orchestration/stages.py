@@ -7,93 +7,34 @@ import logging
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from functools import partial
-from itertools import count
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from mixflow_core.correctives import SamplingCorrective
-from mixflow_core.metrics import Gaussian, Moments, frechet_distance
 from mixflow_core.samplers import Sampler
-from orchestration.inputs import local_codec, local_copy, local_extractor
+from orchestration import measuring
+from orchestration.inputs import local_codec
 from orchestration.results import cell_file
-from orchestration.storage import Storage
-from orchestration.workflow import Artifact, HeldError, Stage, Workspace
-from workers.adm import read_images, read_reference
+from orchestration.site import Inputs, Site, Work, data_of, part_name, weights_of
+from orchestration.workflow import HeldError, Stage, Workspace
 from workers.checkpoint import CheckpointStore
-from workers.classifier import DigitExtractor, train_features
 from workers.codecs import open_codec
 from workers.config import RunConfig
-from workers.data import ImageSet, Split, open_shards, realised_times, to_pixels
-from workers.evaluate import BATCH, Measured, Reference, join_scores, merged, patch_moments, score
-from workers.extractors import ClipScore, Extractor, open_extractor
+from workers.data import realised_times, to_pixels
 from workers.io import LocalIO
 from workers.models.family import Network, build
 from workers.models.sd3 import SD3
-from workers.sample import PART_IMAGES, SampleSet, grid_png, read_part, sample_batch, write_part
-from workers.slow_flow import measure_slow_flow, new_probe, train_probe
+from workers.sample import SampleSet, grid_png, sample_batch, write_part
+from workers.slow_flow import measure_slow_flow, new_probe
 from workers.train import allow_tf32, post_train
 
 log = logging.getLogger(__name__)
 WAIT_S = 2.0
-Tell = Callable[[str, int, int, Mapping[str, float]], None]
-
-
-@dataclass
-class Site:
-    """A worker's surroundings.
-
-    Attributes:
-        workspace: the experiment in its storage; only rank 0's answers count.
-        rank, world_size: of this worker in its group.
-        device: where it computes.
-        cache: local directory for fetched artifacts and memory maps, shared by the workers of a machine.
-        tell: tell(stage, done, total, metrics) hands progress and metrics over without waiting (rank 0).
-    """
-
-    workspace: Workspace
-    rank: int
-    world_size: int
-    device: torch.device
-    cache: Path
-    tell: Tell
-
-    @property
-    def storage(self) -> Storage:
-        """The workspace's storage."""
-        return self.workspace.storage
-
-    def agree(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, 0)
-        return box[0]
-
-    def gather(self, value: Any, to: int = 0) -> list[Any]:
-        """Every rank's value by rank, on rank `to`; an empty list elsewhere."""
-        if self.world_size == 1:
-            return [value]
-        box = [None] * self.world_size if self.rank == to else None
-        dist.gather_object(value, box, to)
-        return box or []
-
-    def share(self, count: int) -> range:
-        """This rank's part of `count` equal pieces of work."""
-        return range(self.rank, count, self.world_size)
-
-
-Inputs = Mapping[str, Artifact]
-Work = Callable[[Site, Stage, Inputs, Path], dict[str, Any]]
 
 
 def run_stages(site: Site, stages: list[Stage]) -> None:
@@ -157,8 +98,8 @@ def _inputs(workspace: Workspace, stage: Stage) -> Inputs | None:
 def _train(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[str, Any]:
     """Base and arms: the same loop, from fresh weights or from the base's."""
     run = RunConfig.model_validate_json(json.dumps(stage.settings["run"]))
-    data = _data(site, inputs)
-    initial = _weights(site, inputs["base"]) if "base" in inputs and site.rank == 0 else None
+    data = data_of(site, inputs)
+    initial = weights_of(site, inputs["base"]) if "base" in inputs and site.rank == 0 else None
     checkpoints = site.agree(site.workspace.checkpoints(stage.name) if site.rank == 0 else None)
     about = {"stage": stage.name, "run": stage.settings["run"]}
     store = CheckpointStore(site.storage, checkpoints, keep=run.training.keep_checkpoints, about=about)
@@ -178,66 +119,10 @@ def _train(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[st
     return {"steps": run.training.steps, "checkpoints": f"{site.storage.uri}/{checkpoints}"}
 
 
-def _features(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[str, Any]:
-    """The experiment's own instruments: the classifier (last rank) and the noise-level probe (rank 0), side by side."""
-    data, trained, accuracy = _data(site, inputs), None, None
-    if stage.settings["classifier"] and site.rank == site.world_size - 1:
-        net, accuracy = train_features(data["train"], data["held_out"], stage.settings["num_classes"])
-        trained = net.state_dict()
-    if site.rank == 0:
-        probe = train_probe(stage.settings["path"], data["train"])
-        save_file(probe.state_dict(), directory / "probe.safetensors")
-    parts = site.gather((trained, accuracy))
-    if site.rank != 0 or not stage.settings["classifier"]:
-        return {}
-    trained, accuracy = parts[-1]
-    save_file(trained, directory / "classifier.safetensors")
-    return {"held_out_accuracy": accuracy}
-
-
-def _reference(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[str, Any]:
-    """What samples are compared with in each extractor's space, and in patches of pixels."""
-    source = site.workspace.experiment.evaluation.reference
-    clip, captions = _clip(site, inputs)
-    for start in range(0, len(captions), PART_IMAGES):  # one that is too long is found before anything is trained
-        assert clip, "captions come with it"
-        clip.clip.tokens(captions[start : start + PART_IMAGES])
-    extractors = _extractors(site, inputs["features"])
-    parts: Callable[[], Iterable[torch.Tensor]]
-    if source.split:
-        seen = _data(site, inputs)[source.split].seen
-        parts = partial(_slices, seen)
-    else:
-        npz = Path(local_copy("npz", source.npz or "", source.sha256 or ""))
-        known = read_reference(npz)
-        parts = partial(read_images, npz, PART_IMAGES) if known.num_images else partial(iter, ())
-    mine: dict[int, tuple[dict[str, Measured], Moments]] = {}
-    for number, pixels in enumerate(parts()):
-        if number % site.world_size == site.rank:
-            mine[number] = _measured(extractors, pixels)
-    found = _in_order(site.gather(mine))
-    if site.rank == 0:
-        references = {
-            kind: Reference.of(Measured.join([part[0][kind] for part in found])) for kind in extractors if found
-        }
-        if not source.split:
-            spatial = None
-            if known.spatial_mean is not None and known.spatial_covariance is not None:
-                spatial = Gaussian(known.spatial_mean, known.spatial_covariance)
-            features = references["inception"].features if found else None
-            references["inception"] = Reference(Gaussian(known.mean, known.covariance), spatial, features)
-        for kind, reference in references.items():
-            reference.save(directory / f"{kind}.safetensors")
-        patches = merged(part[1] for part in found)
-        if patches:
-            Reference(patches.gaussian).save(directory / "patches.safetensors")
-    return {"num_images": sum(len(next(iter(part[0].values())).pooled) for part in found) if found else None}
-
-
 def _slow_flow(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[str, Any]:
     """One model's Slow Flow, on rank 0: a second of work."""
     if site.rank == 0:
-        data, run = _data(site, inputs)["train"], site.workspace.experiment.sampling_run()
+        data, run = data_of(site, inputs)["train"], site.workspace.experiment.sampling_run()
         probe = new_probe(run.model.in_channels, run.model.input_size)
         probe.load_state_dict(load_file(inputs["features"].fetch(site.cache) / "probe.safetensors"))
         measured = measure_slow_flow(
@@ -269,7 +154,7 @@ def _samples(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[
     mine: dict[str, Any] = {}
     for place in site.share(len(work)):
         cell, what, number, batches = work[place]
-        name = _part_name(cell, number)
+        name = part_name(cell, number)
         record, why_again = path.finished(name, digest)
         if why_again:
             log.warning("%s of %s is sampled again: %s", name, stage.name, why_again)
@@ -294,59 +179,20 @@ def _samples(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[
         return {}
     totals = dict.fromkeys((what.sampler.name for what in _sample_sets(settings)), 0)
     for cell, what, number, _ in work:
-        totals[what.sampler.name] += records[_part_name(cell, number)]["evaluations"]
+        totals[what.sampler.name] += records[part_name(cell, number)]["evaluations"]
     n = settings["num_samples"]
     nfe = {cell: total // n if total % n == 0 else total / n for cell, total in totals.items()}
     return {"nfe": nfe, "parts": records}
 
 
-def _metrics(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[str, Any]:
-    """Every cell against the reference: features are extracted part by part on all workers, each cell scored on one."""
-    extractors, folder = _extractors(site, inputs["features"]), inputs["reference"].fetch(site.cache)
-    references = {kind: Reference.load(folder / f"{kind}.safetensors").to(site.device) for kind in extractors}
-    patches = Reference.load(folder / "patches.safetensors") if (folder / "patches.safetensors").exists() else None
-    clip, captions = _clip(site, inputs)
-    cells = sorted(inputs["samples"].manifest.meta["nfe"])
-    scores: dict[str, Any] = {}
-    for first in range(0, len(cells), site.world_size):
-        for owner, cell in enumerate(cells[first : first + site.world_size]):
-            mine: dict[int, Any] = {}
-            for number, (pixels, labels) in _parts(site, inputs["samples"], cell):
-                fits = _fits(clip, pixels, [captions[i] for i in labels.tolist()]) if clip else None
-                mine[number] = (*_measured(extractors, pixels), fits)
-            parts = site.gather(mine, to=owner)
-            if site.rank == owner:
-                kept = _in_order(parts)
-        if site.rank < len(cells) - first:
-            found = [
-                score(kind, Measured.join([part[0][kind] for part in kept]), references[kind], site.device)
-                for kind in extractors
-            ]
-            if patches:
-                moments = merged(part[1] for part in kept)
-                assert moments, "a cell has images"
-                found.append({"fd_patches": frechet_distance(moments, patches.gaussian)})
-            if clip:
-                found.append({"clip_score": float(torch.cat([part[2] for part in kept]).double().mean())})
-            scores[cells[first + site.rank]] = join_scores(found)
-        if site.rank == 0:
-            site.tell(stage.name, first, len(cells), {})
-    everything: dict[str, Any] = {}
-    for part in site.gather(scores):
-        everything.update(part)
-    if site.rank == 0:
-        (directory / "metrics.json").write_text(json.dumps(everything, indent=1, sort_keys=True))
-    return {}
-
-
 WORK: dict[str, Work] = {
     "base": _train,
     "arms": _train,
-    "features": _features,
-    "reference": _reference,
+    "features": measuring.features,
+    "reference": measuring.reference,
     "slow-flow": _slow_flow,
     "samples": _samples,
-    "metrics": _metrics,
+    "metrics": measuring.metrics,
 }
 
 
@@ -377,80 +223,17 @@ def _grid(pixels: torch.Tensor, path: Path) -> Path:
     return path
 
 
-def _part_name(cell: str, number: int) -> str:
-    return f"{cell}-{number:05d}.parquet"
-
-
-def _fits(clip: ClipScore, pixels: torch.Tensor, captions: list[str]) -> torch.Tensor:
-    starts = range(0, len(pixels), BATCH)
-    return torch.cat([clip.score(pixels[n : n + BATCH], captions[n : n + BATCH]).cpu() for n in starts])
-
-
-def _slices(pixels: np.ndarray) -> Iterator[torch.Tensor]:
-    for start in range(0, len(pixels), PART_IMAGES):
-        yield torch.from_numpy(np.require(pixels[start : start + PART_IMAGES], requirements="W"))
-
-
-def _parts(site: Site, samples: Artifact, cell: str) -> Iterator[tuple[int, tuple[torch.Tensor, torch.Tensor]]]:
-    """This rank's parts of a cell, by number."""
-    for number in count(site.rank, site.world_size):
-        name = _part_name(cell_file(cell), number)
-        if name not in samples.manifest.files:
-            return
-        yield number, read_part(samples.fetch(site.cache) / name)
-
-
-def _measured(extractors: Mapping[str, Extractor], pixels: torch.Tensor) -> tuple[dict[str, Measured], Moments]:
-    return {kind: Measured.of(its, pixels) for kind, its in extractors.items()}, patch_moments(pixels)
-
-
-def _in_order(parts: list[dict[int, Any]]) -> list[Any]:
-    """Numbered results of all ranks in the order of their numbers; empty on the ranks that got none."""
-    return [result for _, result in sorted((item for part in parts for item in part.items()), key=lambda item: item[0])]
-
-
-def _extractors(site: Site, features: Artifact) -> dict[str, Extractor]:
-    """The experiment's networks by kind, CLIP aside, which scores images by itself."""
-    found: dict[str, Extractor] = {}
-    for config in site.workspace.experiment.evaluation.extractors:
-        if config.kind == "digits":
-            path = features.fetch(site.cache) / "classifier.safetensors"
-            found["digits"] = DigitExtractor(path, features.manifest.files[path.name].sha256, site.device)
-        elif config.kind != "clip":
-            found[config.kind] = open_extractor(local_extractor(config), site.device)
-    return found
-
-
-def _clip(site: Site, inputs: Inputs) -> tuple[ClipScore | None, list[str]]:
-    for config in site.workspace.experiment.evaluation.extractors:
-        if config.kind == "clip":
-            captions = _data(site, inputs)["train"].captions
-            assert captions, "clip was checked to have captions"
-            here = local_extractor(config)
-            return ClipScore(here.weights, here.sha256, site.device), captions.captions
-    return None, []
-
-
-def _data(site: Site, inputs: Inputs) -> dict[Split, ImageSet]:
-    artifact = inputs["data"]
-    return open_shards(artifact.fetch(site.cache), artifact.manifest, site.cache / "images")
-
-
-def _weights(site: Site, artifact: Artifact) -> dict[str, torch.Tensor]:
-    return load_file(artifact.fetch(site.cache) / "weights.safetensors")
-
-
 def _model(site: Site, inputs: Inputs, run: RunConfig) -> Network:
     """The network of a stage: an arm's or the base's weights, or an arm's adapters on the base's."""
     model = build(run.model).initialise(0)
-    given = [_weights(site, inputs[kind]) for kind in ("base", "arms") if kind in inputs]
+    given = [weights_of(site, inputs[kind]) for kind in ("base", "arms") if kind in inputs]
     answers = [model.load_state_dict(weights, strict=False) for weights in given]
     wrong = set.intersection(*(set(answer.missing_keys) for answer in answers))
     wrong.update(name for answer in answers for name in answer.unexpected_keys)
     if wrong:
         raise RuntimeError(f"weights must be those of the model, but {min(wrong)} is missing or not part of it")
     if isinstance(model, SD3):
-        captions = _data(site, inputs)["train"].captions
+        captions = data_of(site, inputs)["train"].captions
         assert captions, "data was checked to have captions"
         model.set_captions(captions.text, captions.pooled)
     return model.to(site.device).eval()
@@ -461,7 +244,7 @@ def _guide(site: Site, inputs: Inputs) -> Network | None:
     if guide is None or "guide" not in inputs:
         return None
     model = build(guide.model)
-    model.load_state_dict(_weights(site, inputs["guide"]))
+    model.load_state_dict(weights_of(site, inputs["guide"]))
     return model.to(site.device).eval()
 
 

@@ -21,7 +21,8 @@ from orchestration.parts import Parts
 from orchestration.progress import Progress
 from orchestration.recipe import load
 from orchestration.run import _driver_stages
-from orchestration.stages import Site, run_stages
+from orchestration.site import Site
+from orchestration.stages import run_stages
 from orchestration.storage import open_storage
 from orchestration.workflow import Workspace
 from workers.manifest import measure

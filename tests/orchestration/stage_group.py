@@ -10,7 +10,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from orchestration.recipe import load
-from orchestration.stages import Site, run_stages
+from orchestration.site import Site
+from orchestration.stages import run_stages
 from orchestration.storage import open_storage
 from orchestration.workflow import Workspace
 

@@ -19,7 +19,8 @@ from orchestration.convert import export_weights
 from orchestration.progress import Progress
 from orchestration.report import write_report
 from orchestration.run import Place
-from orchestration.stages import Site, run_stages
+from orchestration.site import Site
+from orchestration.stages import run_stages
 from orchestration.storage import open_storage
 from orchestration.workflow import Workspace
 from workers.data import open_shards

@@ -15,6 +15,7 @@ import torch
 from orchestration import stages, workflow
 from orchestration.recipe import load
 from orchestration.run import _forced
+from orchestration.site import Site
 from orchestration.storage import Storage, open_storage
 from orchestration.workflow import LEASE_S, Workspace, needed_for, stages_of
 
@@ -380,7 +381,7 @@ def test_a_stage_that_another_experiment_is_at_is_waited_for(storage, monkeypatc
     workspace, other = workspace_of(storage), workspace_of(storage, "replicates=4")
     assert workspace.home != other.home
     publish(other, "data", tmp_path)
-    site = stages.Site(workspace, 0, 1, torch.device("cpu"), tmp_path, lambda *_: None)
+    site = Site(workspace, 0, 1, torch.device("cpu"), tmp_path, lambda *_: None)
     lease = f"leases/{other.path('base').replace('/', '-')}.json"
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
         holder = {"host": socket.gethostname(), "pid": process.pid, "time": time.time()}

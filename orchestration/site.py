@@ -1,0 +1,84 @@
+"""Where a stage does its work: a worker among others, the workspace, and the inputs that it reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from orchestration.results import cell_file
+from orchestration.storage import Storage
+from orchestration.workflow import Artifact, Stage, Workspace
+from workers.data import ImageSet, Split, open_shards
+
+Tell = Callable[[str, int, int, Mapping[str, float]], None]
+
+
+@dataclass
+class Site:
+    """A worker's surroundings.
+
+    Attributes:
+        workspace: the experiment in its storage; only rank 0's answers count.
+        rank, world_size: of this worker in its group.
+        device: where it computes.
+        cache: local directory for fetched artifacts and memory maps, shared by the workers of a machine.
+        tell: tell(stage, done, total, metrics) hands progress and metrics over without waiting (rank 0).
+    """
+
+    workspace: Workspace
+    rank: int
+    world_size: int
+    device: torch.device
+    cache: Path
+    tell: Tell
+
+    @property
+    def storage(self) -> Storage:
+        """The workspace's storage."""
+        return self.workspace.storage
+
+    def agree(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, 0)
+        return box[0]
+
+    def gather(self, value: Any, to: int = 0) -> list[Any]:
+        """Every rank's value by rank, on rank `to`; an empty list elsewhere."""
+        if self.world_size == 1:
+            return [value]
+        box = [None] * self.world_size if self.rank == to else None
+        dist.gather_object(value, box, to)
+        return box or []
+
+    def share(self, count: int) -> range:
+        """This rank's part of `count` equal pieces of work."""
+        return range(self.rank, count, self.world_size)
+
+
+Inputs = Mapping[str, Artifact]
+Work = Callable[[Site, Stage, Inputs, Path], dict[str, Any]]
+
+
+def data_of(site: Site, inputs: Inputs) -> dict[Split, ImageSet]:
+    """The images, memory-mapped."""
+    artifact = inputs["data"]
+    return open_shards(artifact.fetch(site.cache), artifact.manifest, site.cache / "images")
+
+
+def weights_of(site: Site, artifact: Artifact) -> dict[str, torch.Tensor]:
+    """The weights that a training left."""
+    return load_file(artifact.fetch(site.cache) / "weights.safetensors")
+
+
+def part_name(cell: str, number: int) -> str:
+    """File of a part of a cell's samples."""
+    return f"{cell_file(cell)}-{number:05d}.parquet"
