@@ -33,8 +33,8 @@ from workers.sources import is_there, list_source
 FACTS_VERSION = 1
 
 
-def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> None:
-    """Reads everything that was given or that an earlier run left, before any worker is started.
+def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> list[str]:
+    """Reads everything that was given or that an earlier run left, before any worker is started; returns warnings.
 
     Args:
         workspace: of the experiment.
@@ -53,13 +53,14 @@ def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> None:
                 )
     if experiment.codec:
         _check_codec(experiment, experiment.codec)
-    facts: dict[str, Any] = {}
+    facts, warnings = dict[str, Any](), list[str]()
     if workspace.artifact("data") and not (experiment.data.images and "data" in forced):
-        facts = check_data(workspace)
+        facts, warnings = check_data(workspace), source_changes(workspace)
     elif experiment.data.images and experiment.codec:
         with readable("data.images.source", experiment.data.images.source), of_section("data.images"):
             settings = local_encoders(experiment.data.images)
-            found = plan_encoding(settings, experiment.codec).recipe.num_classes
+            plan = plan_encoding(settings, experiment.codec)
+        found, warnings = plan.recipe.num_classes, _left_out(experiment.data.images, plan.left_out)
         if found != experiment.model.num_classes:
             raise ValueError(
                 f"model.num_classes must be the {found} of data.images.source, got {experiment.model.num_classes}"
@@ -74,6 +75,16 @@ def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> None:
         artifact = workspace.artifact(stage.name)
         if artifact and workspace.storage.is_local:  # elsewhere what is read is verified when it is read
             artifact.fetch(cache)
+    return warnings
+
+
+def _left_out(settings: Images, files: Sequence[str]) -> list[str]:
+    if not files:
+        return []
+    return [
+        f"data.images.source {settings.source} has files that are left out, of no suffix of images that are read: "
+        f"{len(files)}, the first {files[0]}"
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation

@@ -16,7 +16,7 @@ from orchestration import cluster, results, tracking
 from orchestration.encode import encode
 from orchestration.experiment import Experiment
 from orchestration.figures import slow_flow_plot
-from orchestration.inputs import check_data, check_inputs, given_base, given_guide, given_weights, source_changes
+from orchestration.inputs import check_data, check_inputs, given_base, given_guide, given_weights
 from orchestration.launch import ControllerDiedError, Reporter, launch, start_reporter
 from orchestration.progress import Progress
 from orchestration.recording import Recorder
@@ -86,7 +86,7 @@ def run_experiment(
         )
     stages = needed_for(list(workspace.stages.values()), targets)
     forced = _forced(stages, force)
-    check_inputs(workspace, forced)
+    warnings = check_inputs(workspace, forced)
     if not all(stage.on_driver for stage in workspace.pending(stages)):
         cluster.check_local_machine(experiment.cluster)
     with workspace.lease(), ExitStack() as cleanup:
@@ -96,7 +96,7 @@ def run_experiment(
         states = {stage.name: workspace.state(stage.name) for stage in stages}
         progress = Progress([s.name for s in stages], sum(state != "to do" for state in states.values()))
         cleanup.callback(progress.close)
-        for line in [*place.warnings, *_stale(states), *source_changes(workspace)]:
+        for line in [*place.warnings, *_stale(states), *warnings]:
             progress.say(f"warning: {line}")
         if experiment.data.images and workspace.artifact("data") is None:
             _encode(workspace, cleanup, progress)

@@ -111,7 +111,8 @@ class Plan(NamedTuple):
         shards: in the order of their rows, the held-out ones last.
         captions: by label; empty for class labels.
         classes: names of the classes by label, where the source has names.
-        fingerprint: of the listing, see Source.
+        fingerprint: of the listing, like the next one see Source.
+        left_out: files of the source that are not read.
     """
 
     recipe: Recipe
@@ -119,6 +120,7 @@ class Plan(NamedTuple):
     captions: list[str]
     classes: list[str]
     fingerprint: str
+    left_out: list[str]
 
 
 class Unreadable(NamedTuple):
@@ -168,7 +170,7 @@ def plan_encoding(settings: Images, codec: CodecConfig) -> Plan:
             part = of_split[start : start + size]
             shards.append(Shard(split, number, [source.places[row] for row in part], [labels[row] for row in part]))
     recipe = Recipe(settings, codec, source.kind, source.root, num_classes)
-    return Plan(recipe, shards, captions, source.classes, source.fingerprint)
+    return Plan(recipe, shards, captions, source.classes, source.fingerprint, source.left_out)
 
 
 def _check_directory(name: str, path: str | None, stated: str | None) -> None:

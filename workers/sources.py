@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from workers.manifest import canonical_hash
 
 Kind = Literal["folder", "webdataset", "parquet"]
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
+COMPANIONS = (".txt", ".json", ".cls")  # lie beside images and are none
 _KIND_OF = {".tar": "webdataset", ".parquet": "parquet", **dict.fromkeys(IMAGE_SUFFIXES, "folder")}
 
 
@@ -53,6 +54,7 @@ class Source(NamedTuple):
         labels: class of each image in 0..n-1, each of which occurs; None where captions were asked for.
         captions: of each image; None where class labels were asked for.
         classes: names of the classes by label, for class folders; else empty.
+        left_out: files below the root that are neither read nor known companions of what is, sorted.
     """
 
     kind: Kind
@@ -61,6 +63,7 @@ class Source(NamedTuple):
     labels: list[int] | None
     captions: list[str] | None
     classes: list[str]
+    left_out: list[str]
 
     @property
     def num_classes(self) -> int:
@@ -85,7 +88,7 @@ def list_source(source: str, *, captions: bool) -> Source:
     Args:
         source: what to list. Class folders: one directory a class, in sorted order. WebDataset: members grouped by
             key, an image with .cls or .txt. Parquet: columns `image` (bytes, or a struct with `bytes`), and `label` or
-            `caption`.
+            `caption`. Of an image with several frames the first is read.
         captions: whether the images' captions are wanted or their class labels. In folders an image's caption is the
             .txt file beside it.
 
@@ -102,6 +105,7 @@ def list_source(source: str, *, captions: bool) -> Source:
         )
     (kind,) = kinds
     chosen = [file for file in files if _KIND_OF.get(_suffix(file)) == kind]
+    left_out = [file for file in files if _suffix(file) not in (*_KIND_OF, *COMPANIONS)]
     classes: list[str] = []
     if kind == "folder":
         classes = [] if captions else _classes(root, chosen, files)
@@ -113,10 +117,10 @@ def list_source(source: str, *, captions: bool) -> Source:
         raise ValueError(f"source must hold images, got none in {source}; correct the path")
     places, wanted = [place for place, _ in found], [value for _, value in found]
     if captions:
-        return Source(kind, root, places, None, [str(caption) for caption in wanted], [])  # type: ignore[arg-type]
+        return Source(kind, root, places, None, [str(caption) for caption in wanted], [], left_out)  # type: ignore[arg-type]
     labels = [int(label) for label in wanted]
     _check_labels(labels, places)
-    return Source(kind, root, places, labels, None, classes)  # type: ignore[arg-type]
+    return Source(kind, root, places, labels, None, classes, left_out)  # type: ignore[arg-type]
 
 
 def is_there(source: str) -> bool:

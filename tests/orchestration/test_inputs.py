@@ -155,6 +155,18 @@ def test_alignment_features_must_fit_the_model(tmp_path):
     )
 
 
+def test_files_that_are_left_out_are_a_warning(tmp_path):
+    workspace = Workspace(twin("sit-b-256", tmp_path), open_storage(str(tmp_path / "ws")))
+    assert check_inputs(workspace) == []
+    for name in ("zero/b.heic", "zero/a.heic"):
+        (tmp_path / "images" / name).write_bytes(b"x")
+    (line,) = make_plan(workspace.experiment, Place(workspace.storage, "", []))["warnings"]
+    assert line == (
+        f"data.images.source {tmp_path}/images has files that are left out, of no suffix of images that are read: 2, "
+        "the first zero/a.heic"
+    )
+
+
 def test_text_encoders_must_fit_the_model(tmp_path):
     experiment = twin("sd35-medium", tmp_path / "home")
     check_inputs(Workspace(experiment, open_storage(str(tmp_path / "ws"))))

@@ -168,6 +168,34 @@ def test_images_of_other_sizes_and_modes_are_cropped_and_made_rgb(tmp_path):
     }
 
 
+def test_images_of_every_suffix_are_read_and_of_several_frames_the_first(tmp_path):
+    numbers, truth = np.random.default_rng(0), set()
+    (tmp_path / "a").mkdir()
+    for suffix in ("png", "bmp", "gif", "ppm", "tif", "TIFF", "webp"):
+        palette = Image.fromarray(numbers.integers(0, 256, (SIZE, SIZE), dtype=np.uint8)).convert("P")
+        palette.putpalette(numbers.integers(0, 256, 768, dtype=np.uint8).tobytes())
+        image = palette if suffix == "gif" else palette.convert("RGB")
+        frames = {"save_all": True, "append_images": [palette.rotate(90)]} if suffix == "gif" else {}
+        image.save(tmp_path / "a" / f"{suffix}.{suffix}", **frames, **({"lossless": True} if suffix == "webp" else {}))
+        truth.add(np.array(palette.convert("RGB")).transpose(2, 0, 1).tobytes())
+    with Image.open(tmp_path / "a" / "gif.gif") as gif:
+        assert gif.n_frames == 2
+    found = encoded(str(tmp_path), tmp_path.parent / "out", held_out=1)
+    assert {image.tobytes() for split in found.values() for image in split.images} == truth
+    assert len(truth) == 7
+
+
+def test_files_that_are_no_images_and_no_companions_are_listed(tmp_path):
+    source = Path(class_folder(tmp_path / "source", pictures(30)))
+    for name in ("zero/a.heic", "zero/0000.json", "one/notes.txt", "one/b.cls", "a.py", ".hidden.xyz", "zero/c"):
+        (source / name).write_bytes(b"x")
+    assert plan_of(source).left_out == ["a.py", "zero/a.heic", "zero/c"]
+    tars = Path(webdataset(tmp_path / "tars", pictures(30)))
+    (tars / "part-2.tar.gz").write_bytes(b"x")
+    assert plan_of(tars).left_out == ["part-2.tar.gz"]
+    assert plan_of(tars / "part-1.tar", held_out=1).left_out == []
+
+
 # ------------------------------------------------------------------------------------------------------------ codecs
 
 
