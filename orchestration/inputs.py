@@ -61,6 +61,7 @@ def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> list[str]:
             settings = local_encoders(experiment.data.images)
             plan = plan_encoding(settings, experiment.codec)
         found, warnings = plan.recipe.num_classes, _left_out(experiment.data.images, plan.left_out)
+        facts = {split: {"num_images": count} for split, count in plan.num_rows.items()}
         if found != experiment.model.num_classes:
             raise ValueError(
                 f"model.num_classes must be the {found} of data.images.source, got {experiment.model.num_classes}"
@@ -95,7 +96,7 @@ def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> None:
 
     Args:
         experiment: whose evaluation.
-        facts: of the data, empty while they are not encoded.
+        facts: of the data, as they will be at best while they are not encoded; empty for digits still to be made.
 
     Raises:
         ValueError: weights or a reference that cannot be used, or fewer images than a covariance needs.
@@ -220,10 +221,15 @@ def _check_split(experiment: Experiment, name: images.Split, facts: Mapping[str,
         raise ValueError(
             f"data must hold training images of every class, got none of class {facts['absent_class']}; add some"
         )
-    if name == "held_out" and facts["num_images"] < LEAST_HELD_OUT and name in _splits_seen(experiment):
+    if name == "held_out" and facts["num_images"] < least_held_out(experiment):
         raise ValueError(
             f"data must hold out at least {LEAST_HELD_OUT} images to compare with, got {facts['num_images']}; add some"
         )
+
+
+def least_held_out(experiment: Experiment) -> int:
+    """Held-out images without which nothing can be compared with them; 1 where nothing is."""
+    return LEAST_HELD_OUT if "held_out" in _splits_seen(experiment) else 1
 
 
 def _splits_seen(experiment: Experiment) -> set[str]:

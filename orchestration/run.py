@@ -16,7 +16,7 @@ from orchestration import cluster, results, tracking
 from orchestration.encode import encode
 from orchestration.experiment import Experiment
 from orchestration.figures import slow_flow_plot
-from orchestration.inputs import check_data, check_inputs, given_base, given_guide, given_weights
+from orchestration.inputs import check_data, check_inputs, given_base, given_guide, given_weights, least_held_out
 from orchestration.launch import ControllerDiedError, Reporter, launch, start_reporter
 from orchestration.progress import Progress
 from orchestration.recording import Recorder
@@ -166,6 +166,7 @@ def _encode(workspace: Workspace, cleanup: ExitStack, progress: Progress) -> Non
         cpus_per_worker=asked.cpus_per_worker,
         gpus_per_worker=asked.gpus_per_worker,
         tell=tell,
+        least_held_out=least_held_out(experiment),
         about={"stage": "data", "code": code_version()},
     )
     check_data(workspace)

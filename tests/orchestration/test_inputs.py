@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_clip, tiny_dinov2, tiny_rae_decoder, tiny_rae_statistics, tiny_vae
-from twins import one_by_one, twin
+from twins import HELD_OUT, one_by_one, twin
 
 from orchestration import encode, inputs, run, workflow
 from orchestration.experiment import Experiment
@@ -165,6 +165,18 @@ def test_files_that_are_left_out_are_a_warning(tmp_path):
         f"data.images.source {tmp_path}/images has files that are left out, of no suffix of images that are read: 2, "
         "the first zero/a.heic"
     )
+
+
+def test_a_reference_that_will_be_too_small_is_refused_before_it_is_encoded(tmp_path, monkeypatch):
+    raw = twin("rae-xl-256", tmp_path).model_dump(mode="json", exclude_none=True)
+    raw["evaluation"] |= {"num_samples": 150}
+    monkeypatch.setattr(inputs, "dimension_of", lambda config: HELD_OUT)
+    assert refused(validated("twin", raw), tmp_path) == (
+        "evaluation.reference must have more than the 110 features of dinov2, got 110 "
+        "images in held_out; hold out more, or compare with train"
+    )
+    monkeypatch.setattr(inputs, "dimension_of", lambda config: HELD_OUT - 1)
+    check_inputs(Workspace(validated("twin", raw), open_storage(str(tmp_path / "ws"))))
 
 
 def test_text_encoders_must_fit_the_model(tmp_path):

@@ -147,6 +147,7 @@ def test_flipping_adds_a_mirrored_copy_of_each_training_image(tmp_path):
     assert sorted((image.tobytes(), label) for image, label in rows) == sorted(
         (image.tobytes(), label) for image, label in zip(both, labels, strict=True)
     )
+    assert plan_of(Path(source), flip=True).num_rows == {"train": 64, "held_out": 8}
     assert max(pq.read_metadata(path).num_rows for path in (tmp_path / "flipped").iterdir()) == 10
     np.testing.assert_array_equal(found["held_out"].images, plain["held_out"].images)
 
