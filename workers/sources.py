@@ -164,7 +164,7 @@ def _classes(root: Path, images: Sequence[str], files: Sequence[str]) -> list[st
     """Names of the class directories, sorted."""
     flat = next((file for file in images if "/" not in file), None)
     if flat and f"{PurePosixPath(flat).stem}.txt" in files:
-        raise ValueError(f"text_encoders must be given for a folder of captioned images, got none for {root}")
+        raise _unasked(str(root))
     if flat:
         raise ValueError(
             f"source must be a folder of class directories, or images with a .txt caption beside each, got {flat} "
@@ -187,7 +187,7 @@ def _captioned(root: Path, images: Sequence[str], files: set[str]) -> Iterator[_
     for file in images:
         caption = PurePosixPath(file).with_suffix(".txt").as_posix()
         if caption not in files:
-            raise _lacking("a .txt caption beside every image", str(root / file), "text_encoders")
+            raise _lacking("a .txt caption beside every image", str(root / file), True)
         yield _image_file(root, file), _text((root / caption).read_bytes(), caption)
 
 
@@ -223,9 +223,9 @@ def _tar(root: Path, file: str, captions: bool) -> Iterator[_Found]:
                 wanted = members.get("txt" if captions else "cls")
                 if wanted is None:
                     if not captions and "txt" in members:
-                        raise ValueError(f"text_encoders must be given for captioned images, got none for {name}")
+                        raise _unasked(name)
                     what = ".txt caption" if captions else ".cls label"
-                    raise _lacking(f"a {what} for every image", name, "text_encoders" if captions else "")
+                    raise _lacking(f"a {what} for every image", name, captions)
                 content = tar.extractfile(wanted)
                 assert content, "only files are listed"
                 text = _text(content.read(), name)
@@ -259,8 +259,8 @@ def _parquet(root: Path, file: str, captions: bool) -> Iterator[_Found]:
         raise ValueError(f"source must have a column image of bytes or of structs with bytes, got {got} in {path}")
     if values is None:
         if not captions and "caption" in names:
-            raise ValueError(f"text_encoders must be given for captioned images, got none for {path}")
-        raise _lacking(f"a column {wanted}", str(path), "text_encoders" if captions else "")
+            raise _unasked(str(path))
+        raise _lacking(f"a column {wanted}", str(path), captions)
     fits = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
     if not (fits if captions else pa.types.is_integer(values.type)):
         rule = "text" if captions else "integers"
@@ -269,7 +269,7 @@ def _parquet(root: Path, file: str, captions: bool) -> Iterator[_Found]:
     for row, value in enumerate(values.to_pylist()):
         name = f"{file}[{row}]"
         if value is None:
-            raise _lacking(f"a {wanted} for every image", name, "")
+            raise _lacking(f"a {wanted} for every image", name, False)
         yield Place(name, file, row, about.st_size, about.st_mtime_ns), value
 
 
@@ -295,9 +295,18 @@ def _label(text: str, name: str) -> int:
     return int(text)
 
 
-def _lacking(what: str, name: str, setting: str) -> ValueError:
-    mend = f"add it, or leave {setting} out" if setting else "add it"
+def _lacking(what: str, name: str, for_captions: bool) -> ValueError:
+    mend = "add it"
+    if for_captions:
+        mend += " for sd3, which needs captions; for a model of class labels leave text_encoders out"
     return ValueError(f"source must have {what}, got none for {name}; {mend}")
+
+
+def _unasked(name: str) -> ValueError:
+    return ValueError(
+        f"text_encoders must be given for captioned images, got none for {name}; give them for sd3, or class labels "
+        "for another model"
+    )
 
 
 def _check_labels(labels: Sequence[int], places: Sequence[Place]) -> None:

@@ -503,7 +503,9 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_cannot_be_encoded_is_refused_in_one_line(tmp_path, kind):
     make, message = REFUSED[kind]
-    assert message in refused(make(tmp_path / "source"))
+    found = refused(make(tmp_path / "source"))
+    assert message in found
+    assert "text_encoders" not in found or found.endswith("; give them for sd3, or class labels for another model")
 
 
 def test_broken_files_are_refused_by_name(tmp_path):
@@ -542,7 +544,9 @@ LACKING = {
 @pytest.mark.parametrize("kind", LACKING)
 def test_text_encoders_without_captions_are_refused(tmp_path, text_encoders, kind):
     make, message = LACKING[kind]
-    assert message in refused(make(tmp_path / "source", pictures(30)), **text_encoders)
+    found = refused(make(tmp_path / "source", pictures(30)), **text_encoders)
+    assert message in found
+    assert found.endswith("; add it for sd3, which needs captions; for a model of class labels leave text_encoders out")
 
 
 @pytest.mark.parametrize("name", ["features", "text_encoders"])
