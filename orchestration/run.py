@@ -274,13 +274,14 @@ def _make_report(workspace: Workspace, summary: Mapping[str, Any], progress: Pro
 
 
 def _data(workspace: Workspace) -> dict[str, Any]:
-    """Where the data lie, how many images they are by split, and which could not be read."""
+    """Where the data lie, how many images they are by split, of how many in their source, and which are unreadable."""
     artifact = workspace.result("data")
     splits = {name: found["num_images"] for name, found in json.loads(artifact.read("statistics.json")).items()}
     unreadable = json.loads(artifact.read("unreadable.json")) if "unreadable.json" in artifact.manifest.files else []
     return {
         "uri": artifact.full_uri,
         "num_images": sum(splits.values()),
+        "num_in_source": artifact.manifest.meta.get("num_images"),
         "splits": splits,
         "unreadable": unreadable,
     }

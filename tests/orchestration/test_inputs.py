@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import tiny_clip, tiny_dinov2, tiny_rae_decoder, tiny_rae_statistics, tiny_vae
-from twins import HELD_OUT, one_by_one, twin
+from twins import HELD_OUT, IMAGES, one_by_one, twin
 
-from orchestration import encode, inputs, run, workflow
+from orchestration import cli, encode, inputs, run, workflow
 from orchestration.experiment import Experiment
 from orchestration.inputs import check_data, check_inputs, local_codec, local_copy, source_changes
 from orchestration.plan import make_plan
@@ -239,6 +239,28 @@ def test_a_source_that_is_the_same_or_gone_says_nothing(home: Home) -> None:
     assert source_changes(workspace) == []
     images.mkdir()  # where another disk would be mounted
     assert source_changes(workspace) == []
+
+
+def test_images_mirrored_copies_and_unreadable_ones_are_told_apart(home: Home, capsys) -> None:
+    experiment, workspace, _ = home
+    assert experiment.data.images
+    assert experiment.data.images.flip
+    data = run._data(workspace)
+    assert (data["num_images"], data["num_in_source"]) == (2 * (IMAGES - HELD_OUT) + HELD_OUT, IMAGES)
+    bad = [{"split": "train", "name": f"{name}.png", "reason": "is cut"} for name in "abc"]
+    shown = {
+        "410 images with mirrored copies, of 260 in the source": {},
+        "404 images with mirrored copies, of 260 in the source, 3 of them unreadable": {
+            "num_images": 404,
+            "unreadable": bad,
+        },
+        "257 images, of 260 in the source, 3 of them unreadable": {"num_images": 257, "unreadable": bad},
+        "260 images": {"num_images": 260},
+        "1,797 images": {"num_images": 1797, "num_in_source": None},
+    }
+    for text, changes in shown.items():
+        cli._say_data({**data, **changes})
+        assert capsys.readouterr().out.splitlines()[0] == f"data:    {data['uri']} ({text})"
 
 
 CHANGES = {
