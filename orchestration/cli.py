@@ -195,11 +195,21 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _say_data(data: Mapping[str, Any]) -> None:
     """Where encoded data lie, and which images are not among them."""
-    print(f"data:    {data['uri']} ({data['num_images']:,} images)")
+    print(f"data:    {data['uri']} ({_count(data)})")
     for found in data["unreadable"][:20]:
         print(f"unreadable, left out: {found['name']} ({found['reason']})")
     if len(data["unreadable"]) > 20:
         print(f"unreadable, left out: {len(data['unreadable'])} in all, listed in {data['uri']}/unreadable.json")
+
+
+def _count(data: Mapping[str, Any]) -> str:
+    """How many images there are, and where that is another number than was in their source, why."""
+    count, listed, unreadable = data["num_images"], data["num_in_source"], len(data["unreadable"])
+    if listed in (None, count) and not unreadable:
+        return f"{count:,} images"
+    mirrored = " with mirrored copies" if count > listed - unreadable else ""
+    lost = f", {unreadable:,} of them unreadable" if unreadable else ""
+    return f"{count:,} images{mirrored}, of {listed:,} in the source{lost}"
 
 
 def _plan(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -8,7 +8,8 @@ import tempfile
 import time
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
@@ -57,6 +58,7 @@ def encode(
     cpus_per_worker: float,
     gpus_per_worker: int,
     tell: Tell,
+    least_held_out: int = 1,
     about: Mapping[str, Any] | None = None,
 ) -> Manifest:
     """Encodes a source to a published directory of shards, on the cluster that this process has joined.
@@ -72,10 +74,12 @@ def encode(
         cpus_per_worker: also the threads that decode images.
         gpus_per_worker: 1 to compute on GPUs, 0 on CPUs.
         tell: told of the progress in images, as stage `data`.
+        least_held_out: held-out images that must be readable.
         about: more for the manifest's meta.
 
     Raises:
-        ValueError: the source, the settings or a model cannot be used, or too many images were unreadable.
+        ValueError: the source, the settings or a model cannot be used, or too many images were unreadable: as soon as
+            that is certain.
         RunFailedError: a worker failed.
     """
     start = time.monotonic()
@@ -86,7 +90,7 @@ def encode(
     task = Task(plan.recipe, parts, max(1, int(cpus_per_worker)), gpus_per_worker > 0)
     # Closed before anybody leaves the cluster: what Ray Data tidies up later would start a cluster of its own.
     with closing(_run(plan, task, num_workers, cpus_per_worker, gpus_per_worker)) as answers:
-        found = _follow(answers, plan, tell)
+        found = _follow(answers, plan, least_held_out, tell)
     meta = {
         "source": settings.source,
         "transform": TRANSFORM,
@@ -152,9 +156,11 @@ def _name(shard: Shard) -> str:
     return shard_path(Path(), shard.split, shard.number).name
 
 
-def _follow(answers: Any, plan: Plan, tell: Tell) -> dict[str, dict[str, Any]]:
-    """Every piece's record by its file's name."""
-    images = {_name(shard): len(shard.places) for shard in plan.shards}
+def _follow(answers: Any, plan: Plan, least_held_out: int, tell: Tell) -> dict[str, dict[str, Any]]:
+    """Every piece's record by its file's name, while enough can still become of the rest."""
+    shards = {_name(shard): shard for shard in plan.shards}
+    images = {name: len(shard.places) for name, shard in shards.items()}
+    left = Counter(label for shard in plan.shards if shard.split == "train" for label in shard.labels)
     found: dict[str, dict[str, Any]] = {}
     total, done, encoded, unreadable, start = sum(images.values()), 0, 0, 0, 0.0
     for answer in answers:
@@ -165,8 +171,11 @@ def _follow(answers: Any, plan: Plan, tell: Tell) -> dict[str, dict[str, Any]]:
             log.warning("%s is encoded again: %s", name, answer["why_again"])
         found[name] = record
         unreadable += len(record["unreadable"])
-        if unreadable > plan.recipe.settings.max_unreadable:
-            raise _too_many(plan, found)
+        if record["unreadable"]:
+            if shards[name].split == "train":
+                label_of = {place.name: label for place, label in zip(*shards[name][2:], strict=True)}
+                left.subtract(label_of[image] for image, _ in record["unreadable"])
+            _check_left(plan, found, least_held_out, left)
         done += images.get(name, 0)
         metrics = {"encode/unreadable": float(unreadable)}
         if start:
@@ -187,13 +196,38 @@ def _unreadable(plan: Plan, found: Mapping[str, Mapping[str, Any]]) -> list[dict
     ]
 
 
-def _too_many(plan: Plan, found: Mapping[str, Mapping[str, Any]]) -> ValueError:
-    bad, most = _unreadable(plan, found), plan.recipe.settings.max_unreadable
-    images = sum(len(shard.places) for shard in plan.shards if _name(shard) in found)
-    return ValueError(
-        f"max_unreadable must be at least the number of unreadable images, got {most} and {len(bad)} of the first "
-        f"{images} images, such as {bad[0]['name']} ({bad[0]['reason']}); mend or remove them, or raise it"
-    )
+def _check_left(
+    plan: Plan, found: Mapping[str, Mapping[str, Any]], least_held_out: int, left: Mapping[int, int]
+) -> None:
+    """Whether the unreadable images known so far leave what is needed; `left` are training images of each label."""
+    bad, settings = _unreadable(plan, found), plan.recipe.settings
+    if len(bad) > settings.max_unreadable:
+        images = sum(len(shard.places) for shard in plan.shards if _name(shard) in found)
+        raise ValueError(
+            f"data.images.max_unreadable must be at least the number of unreadable images, got "
+            f"{settings.max_unreadable} and {len(bad)} of the first {images} images: {_such(bad)}; raise it, which "
+            "keeps what is encoded already, or mend them"
+        )
+    held_out = [image for image in bad if image["split"] == "held_out"]
+    if settings.held_out - len(held_out) < least_held_out:
+        raise ValueError(
+            f"data.images.held_out must leave at least {least_held_out} readable images, got {settings.held_out} with "
+            f"{len(held_out)} unreadable: {_such(held_out)}; mend them, or raise it"
+        )
+    absent = sorted(label for label, count in left.items() if not count)
+    if absent and not plan.captions:
+        label = absent[0]
+        named = f" ({plan.classes[label]})" if plan.classes else ""
+        raise ValueError(
+            f"data.images.source must have a readable training image of every class, got none of class {label}{named}; "
+            "mend them, or add some"
+        )
+
+
+def _such(bad: Sequence[Mapping[str, str]]) -> str:
+    """The first few of them."""
+    first = ", ".join(f"{image['name']} ({image['reason']})" for image in bad[:3])
+    return first + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
 
 
 def _commit(plan: Plan, parts: Parts, found: Mapping[str, Any], meta: Mapping[str, Any]) -> Manifest:
@@ -205,7 +239,9 @@ def _commit(plan: Plan, parts: Parts, found: Mapping[str, Any], meta: Mapping[st
             statistics[shard.split].append(_statistics(record["statistics"]))
     empty = next((split for split, of_split in statistics.items() if not of_split), None)
     if empty:
-        raise ValueError(f"source must have a readable image for each split, got none for {empty}; mend the images")
+        raise ValueError(
+            f"data.images.source must have a readable image for each split, got none for {empty}; mend the images"
+        )
     with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch:
         write_statistics(statistics, Path(scratch))
         Path(scratch, "unreadable.json").write_text(json.dumps(_unreadable(plan, found), indent=1))

@@ -33,8 +33,8 @@ from workers.sources import is_there, list_source
 FACTS_VERSION = 1
 
 
-def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> None:
-    """Reads everything that was given or that an earlier run left, before any worker is started.
+def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> list[str]:
+    """Reads everything that was given or that an earlier run left, before any worker is started; returns warnings.
 
     Args:
         workspace: of the experiment.
@@ -53,13 +53,15 @@ def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> None:
                 )
     if experiment.codec:
         _check_codec(experiment, experiment.codec)
-    facts: dict[str, Any] = {}
+    facts, warnings = dict[str, Any](), list[str]()
     if workspace.artifact("data") and not (experiment.data.images and "data" in forced):
-        facts = check_data(workspace)
+        facts, warnings = check_data(workspace), source_changes(workspace)
     elif experiment.data.images and experiment.codec:
         with readable("data.images.source", experiment.data.images.source), of_section("data.images"):
             settings = local_encoders(experiment.data.images)
-            found = plan_encoding(settings, experiment.codec).recipe.num_classes
+            plan = plan_encoding(settings, experiment.codec)
+        found, warnings = plan.recipe.num_classes, _left_out(experiment.data.images, plan.left_out)
+        facts = {split: {"num_images": count} for split, count in plan.num_rows.items()}
         if found != experiment.model.num_classes:
             raise ValueError(
                 f"model.num_classes must be the {found} of data.images.source, got {experiment.model.num_classes}"
@@ -74,6 +76,16 @@ def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> None:
         artifact = workspace.artifact(stage.name)
         if artifact and workspace.storage.is_local:  # elsewhere what is read is verified when it is read
             artifact.fetch(cache)
+    return warnings
+
+
+def _left_out(settings: Images, files: Sequence[str]) -> list[str]:
+    if not files:
+        return []
+    return [
+        f"data.images.source {settings.source} has files that are left out, of no suffix of images that are read: "
+        f"{len(files)}, the first {files[0]}"
+    ]
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation
@@ -84,7 +96,7 @@ def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> None:
 
     Args:
         experiment: whose evaluation.
-        facts: of the data, empty while they are not encoded.
+        facts: of the data, as they will be at best while they are not encoded; empty for digits still to be made.
 
     Raises:
         ValueError: weights or a reference that cannot be used, or fewer images than a covariance needs.
@@ -215,10 +227,15 @@ def _check_split(experiment: Experiment, name: images.Split, facts: Mapping[str,
         raise ValueError(
             f"data must hold training images of every class, got none of class {facts['absent_class']}; add some"
         )
-    if name == "held_out" and facts["num_images"] < LEAST_HELD_OUT and name in _splits_seen(experiment):
+    if name == "held_out" and facts["num_images"] < least_held_out(experiment):
         raise ValueError(
             f"data must hold out at least {LEAST_HELD_OUT} images to compare with, got {facts['num_images']}; add some"
         )
+
+
+def least_held_out(experiment: Experiment) -> int:
+    """Held-out images without which nothing can be compared with them; 1 where nothing is."""
+    return LEAST_HELD_OUT if "held_out" in _splits_seen(experiment) else 1
 
 
 def _splits_seen(experiment: Experiment) -> set[str]:

@@ -14,7 +14,7 @@ from typing import Any
 
 from orchestration import cluster, tracking
 from orchestration.experiment import Experiment
-from orchestration.inputs import check_inputs, source_changes
+from orchestration.inputs import check_inputs
 from orchestration.run import Place, open_workspace
 from orchestration.workflow import Workspace
 from workers.config import Training
@@ -30,7 +30,7 @@ def make_plan(experiment: Experiment, place: Place) -> dict[str, Any]:
         ValueError, CorruptError: whatever would stop the run.
     """
     workspace = Workspace(experiment, place.storage)
-    check_inputs(workspace)
+    warnings = check_inputs(workspace)
     cluster.check_local_machine(experiment.cluster)
     states = {name: workspace.state(name) for name in workspace.stages}
     cost = _cost(experiment)
@@ -49,7 +49,7 @@ def make_plan(experiment: Experiment, place: Place) -> dict[str, Any]:
         "identity": experiment.identity,
         "workspace": place.storage.uri,
         "tracking": place.tracking_uri,
-        "warnings": [*place.warnings, *source_changes(workspace)],
+        "warnings": [*place.warnings, *warnings],
         "stages": [{"name": name, "state": state} for name, state in states.items()],
         **costs(experiment),
         "training_steps": sum(training["steps"] for training in to_train),

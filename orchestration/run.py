@@ -16,7 +16,7 @@ from orchestration import cluster, results, tracking
 from orchestration.encode import encode
 from orchestration.experiment import Experiment
 from orchestration.figures import slow_flow_plot
-from orchestration.inputs import check_data, check_inputs, given_base, given_guide, given_weights, source_changes
+from orchestration.inputs import check_data, check_inputs, given_base, given_guide, given_weights, least_held_out
 from orchestration.launch import ControllerDiedError, Reporter, launch, start_reporter
 from orchestration.progress import Progress
 from orchestration.recording import Recorder
@@ -86,7 +86,7 @@ def run_experiment(
         )
     stages = needed_for(list(workspace.stages.values()), targets)
     forced = _forced(stages, force)
-    check_inputs(workspace, forced)
+    warnings = check_inputs(workspace, forced)
     if not all(stage.on_driver for stage in workspace.pending(stages)):
         cluster.check_local_machine(experiment.cluster)
     with workspace.lease(), ExitStack() as cleanup:
@@ -96,7 +96,7 @@ def run_experiment(
         states = {stage.name: workspace.state(stage.name) for stage in stages}
         progress = Progress([s.name for s in stages], sum(state != "to do" for state in states.values()))
         cleanup.callback(progress.close)
-        for line in [*place.warnings, *_stale(states), *source_changes(workspace)]:
+        for line in [*place.warnings, *_stale(states), *warnings]:
             progress.say(f"warning: {line}")
         if experiment.data.images and workspace.artifact("data") is None:
             _encode(workspace, cleanup, progress)
@@ -166,6 +166,7 @@ def _encode(workspace: Workspace, cleanup: ExitStack, progress: Progress) -> Non
         cpus_per_worker=asked.cpus_per_worker,
         gpus_per_worker=asked.gpus_per_worker,
         tell=tell,
+        least_held_out=least_held_out(experiment),
         about={"stage": "data", "code": code_version()},
     )
     check_data(workspace)
@@ -273,13 +274,14 @@ def _make_report(workspace: Workspace, summary: Mapping[str, Any], progress: Pro
 
 
 def _data(workspace: Workspace) -> dict[str, Any]:
-    """Where the data lie, how many images they are by split, and which could not be read."""
+    """Where the data lie, how many images they are by split, of how many in their source, and which are unreadable."""
     artifact = workspace.result("data")
     splits = {name: found["num_images"] for name, found in json.loads(artifact.read("statistics.json")).items()}
     unreadable = json.loads(artifact.read("unreadable.json")) if "unreadable.json" in artifact.manifest.files else []
     return {
         "uri": artifact.full_uri,
         "num_images": sum(splits.values()),
+        "num_in_source": artifact.manifest.meta.get("num_images"),
         "splits": splits,
         "unreadable": unreadable,
     }

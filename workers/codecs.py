@@ -348,15 +348,29 @@ def centre_crop(image: Image.Image, size: int) -> np.ndarray:
     """ADM's centre crop, which SiT, REPA and RAE share: uint8 (3, size, size).
 
     Both sides are halved by a box filter while the shorter one is at least 2 * size; then bicubic, until the shorter
-    one is size; then the middle, where an odd rest leaves the smaller margin above and on the left.
+    one is size; then the middle, where an odd rest leaves the smaller margin above and on the left. Grey of 16 bits is
+    rounded to 8 before.
+
+    Raises:
+        ValueError: the pixels are integers or numbers whose range nobody knows.
     """
-    image = image.convert("RGB")
+    image = _of_eight_bits(image).convert("RGB")
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
     top, left = (image.height - size) // 2, (image.width - size) // 2
     return np.array(image)[top : top + size, left : left + size].transpose(2, 0, 1).copy()
+
+
+def _of_eight_bits(image: Image.Image) -> Image.Image:
+    """Where there are more, Pillow's own conversion would show everything beyond 255 as white."""
+    # Pillow gives a 16-bit PGM as 32-bit integers from 0 to 65535.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return Image.fromarray(((np.asarray(image).astype(np.int64) + 128) // 257).astype(np.uint8))
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels must be of 8 or 16 bits, got Pillow's mode {image.mode}")
+    return image
 
 
 def _checked(pixels: Tensor, config: CodecConfig) -> Tensor:

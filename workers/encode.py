@@ -102,6 +102,10 @@ class Recipe(NamedTuple):
         codec = {name: value for name, value in asdict(self.codec).items() if name not in CODEC_PATHS}
         return {"settings": settings, "codec": codec, "transform": TRANSFORM, "num_classes": self.num_classes}
 
+    def mirrors(self, split: Split) -> tuple[bool, ...]:
+        """Whether mirrored, of each row that an image becomes."""
+        return (False, True) if self.settings.flip and split == "train" else (False,)
+
 
 class Plan(NamedTuple):
     """All that is to be done.
@@ -111,7 +115,8 @@ class Plan(NamedTuple):
         shards: in the order of their rows, the held-out ones last.
         captions: by label; empty for class labels.
         classes: names of the classes by label, where the source has names.
-        fingerprint: of the listing, see Source.
+        fingerprint: of the listing, like the next one see Source.
+        left_out: files of the source that are not read.
     """
 
     recipe: Recipe
@@ -119,6 +124,15 @@ class Plan(NamedTuple):
     captions: list[str]
     classes: list[str]
     fingerprint: str
+    left_out: list[str]
+
+    @property
+    def num_rows(self) -> dict[Split, int]:
+        """Rows of each split, mirrored copies included, if every image is readable."""
+        found: dict[Split, int] = {"train": 0, "held_out": 0}
+        for shard in self.shards:
+            found[shard.split] += len(shard.places) * len(self.recipe.mirrors(shard.split))
+        return found
 
 
 class Unreadable(NamedTuple):
@@ -168,7 +182,7 @@ def plan_encoding(settings: Images, codec: CodecConfig) -> Plan:
             part = of_split[start : start + size]
             shards.append(Shard(split, number, [source.places[row] for row in part], [labels[row] for row in part]))
     recipe = Recipe(settings, codec, source.kind, source.root, num_classes)
-    return Plan(recipe, shards, captions, source.classes, source.fingerprint)
+    return Plan(recipe, shards, captions, source.classes, source.fingerprint, source.left_out)
 
 
 def _check_directory(name: str, path: str | None, stated: str | None) -> None:
@@ -228,7 +242,6 @@ class Encoder:
             FloatingPointError: a latent or feature is not finite.
         """
         recipe, unreadable = self.recipe, list[Unreadable]()
-        mirrors = (False, True) if recipe.settings.flip and shard.split == "train" else (False,)
         parts: list[dict[str, np.ndarray]] = []
         with _one_thread():
             for batch in self._decoded(shard):
@@ -238,7 +251,7 @@ class Encoder:
                     continue
                 pixels = torch.from_numpy(np.stack([found for _, _, found in good]))
                 labels = np.array([label for _, label, _ in good], np.int64)
-                for mirrored in mirrors:
+                for mirrored in recipe.mirrors(shard.split):
                     seen = pixels.flip(-1) if mirrored else pixels
                     parts.append(
                         {**self._columns(seen, shard.split, [place for place, _, _ in good]), "labels": labels}

@@ -21,7 +21,8 @@ import pyarrow.parquet as pq
 from workers.manifest import canonical_hash
 
 Kind = Literal["folder", "webdataset", "parquet"]
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
+IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
+COMPANIONS = (".txt", ".json", ".cls")  # lie beside images and are none
 _KIND_OF = {".tar": "webdataset", ".parquet": "parquet", **dict.fromkeys(IMAGE_SUFFIXES, "folder")}
 
 
@@ -53,6 +54,7 @@ class Source(NamedTuple):
         labels: class of each image in 0..n-1, each of which occurs; None where captions were asked for.
         captions: of each image; None where class labels were asked for.
         classes: names of the classes by label, for class folders; else empty.
+        left_out: files below the root that are neither read nor known companions of what is, sorted.
     """
 
     kind: Kind
@@ -61,6 +63,7 @@ class Source(NamedTuple):
     labels: list[int] | None
     captions: list[str] | None
     classes: list[str]
+    left_out: list[str]
 
     @property
     def num_classes(self) -> int:
@@ -85,7 +88,7 @@ def list_source(source: str, *, captions: bool) -> Source:
     Args:
         source: what to list. Class folders: one directory a class, in sorted order. WebDataset: members grouped by
             key, an image with .cls or .txt. Parquet: columns `image` (bytes, or a struct with `bytes`), and `label` or
-            `caption`.
+            `caption`. Of an image with several frames the first is read.
         captions: whether the images' captions are wanted or their class labels. In folders an image's caption is the
             .txt file beside it.
 
@@ -102,6 +105,7 @@ def list_source(source: str, *, captions: bool) -> Source:
         )
     (kind,) = kinds
     chosen = [file for file in files if _KIND_OF.get(_suffix(file)) == kind]
+    left_out = [file for file in files if _suffix(file) not in (*_KIND_OF, *COMPANIONS)]
     classes: list[str] = []
     if kind == "folder":
         classes = [] if captions else _classes(root, chosen, files)
@@ -113,10 +117,10 @@ def list_source(source: str, *, captions: bool) -> Source:
         raise ValueError(f"source must hold images, got none in {source}; correct the path")
     places, wanted = [place for place, _ in found], [value for _, value in found]
     if captions:
-        return Source(kind, root, places, None, [str(caption) for caption in wanted], [])  # type: ignore[arg-type]
+        return Source(kind, root, places, None, [str(caption) for caption in wanted], [], left_out)  # type: ignore[arg-type]
     labels = [int(label) for label in wanted]
     _check_labels(labels, places)
-    return Source(kind, root, places, labels, None, classes)  # type: ignore[arg-type]
+    return Source(kind, root, places, labels, None, classes, left_out)  # type: ignore[arg-type]
 
 
 def is_there(source: str) -> bool:
@@ -160,7 +164,7 @@ def _classes(root: Path, images: Sequence[str], files: Sequence[str]) -> list[st
     """Names of the class directories, sorted."""
     flat = next((file for file in images if "/" not in file), None)
     if flat and f"{PurePosixPath(flat).stem}.txt" in files:
-        raise ValueError(f"text_encoders must be given for a folder of captioned images, got none for {root}")
+        raise _unasked(str(root))
     if flat:
         raise ValueError(
             f"source must be a folder of class directories, or images with a .txt caption beside each, got {flat} "
@@ -183,7 +187,7 @@ def _captioned(root: Path, images: Sequence[str], files: set[str]) -> Iterator[_
     for file in images:
         caption = PurePosixPath(file).with_suffix(".txt").as_posix()
         if caption not in files:
-            raise _lacking("a .txt caption beside every image", str(root / file), "text_encoders")
+            raise _lacking("a .txt caption beside every image", str(root / file), True)
         yield _image_file(root, file), _text((root / caption).read_bytes(), caption)
 
 
@@ -219,9 +223,9 @@ def _tar(root: Path, file: str, captions: bool) -> Iterator[_Found]:
                 wanted = members.get("txt" if captions else "cls")
                 if wanted is None:
                     if not captions and "txt" in members:
-                        raise ValueError(f"text_encoders must be given for captioned images, got none for {name}")
+                        raise _unasked(name)
                     what = ".txt caption" if captions else ".cls label"
-                    raise _lacking(f"a {what} for every image", name, "text_encoders" if captions else "")
+                    raise _lacking(f"a {what} for every image", name, captions)
                 content = tar.extractfile(wanted)
                 assert content, "only files are listed"
                 text = _text(content.read(), name)
@@ -255,8 +259,8 @@ def _parquet(root: Path, file: str, captions: bool) -> Iterator[_Found]:
         raise ValueError(f"source must have a column image of bytes or of structs with bytes, got {got} in {path}")
     if values is None:
         if not captions and "caption" in names:
-            raise ValueError(f"text_encoders must be given for captioned images, got none for {path}")
-        raise _lacking(f"a column {wanted}", str(path), "text_encoders" if captions else "")
+            raise _unasked(str(path))
+        raise _lacking(f"a column {wanted}", str(path), captions)
     fits = pa.types.is_string(values.type) or pa.types.is_large_string(values.type)
     if not (fits if captions else pa.types.is_integer(values.type)):
         rule = "text" if captions else "integers"
@@ -265,7 +269,7 @@ def _parquet(root: Path, file: str, captions: bool) -> Iterator[_Found]:
     for row, value in enumerate(values.to_pylist()):
         name = f"{file}[{row}]"
         if value is None:
-            raise _lacking(f"a {wanted} for every image", name, "")
+            raise _lacking(f"a {wanted} for every image", name, False)
         yield Place(name, file, row, about.st_size, about.st_mtime_ns), value
 
 
@@ -291,9 +295,18 @@ def _label(text: str, name: str) -> int:
     return int(text)
 
 
-def _lacking(what: str, name: str, setting: str) -> ValueError:
-    mend = f"add it, or leave {setting} out" if setting else "add it"
+def _lacking(what: str, name: str, for_captions: bool) -> ValueError:
+    mend = "add it"
+    if for_captions:
+        mend += " for sd3, which needs captions; for a model of class labels leave text_encoders out"
     return ValueError(f"source must have {what}, got none for {name}; {mend}")
+
+
+def _unasked(name: str) -> ValueError:
+    return ValueError(
+        f"text_encoders must be given for captioned images, got none for {name}; give them for sd3, or class labels "
+        "for another model"
+    )
 
 
 def _check_labels(labels: Sequence[int], places: Sequence[Place]) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from PIL import Image
 from tiny_models import tiny_vae
 from tiny_sd3 import tiny_text_encoders
 
-from orchestration.encode import Task, Worker, _name, _piece, encode
+from orchestration.encode import Task, Worker, _follow, _name, _piece, encode
 from orchestration.parts import Parts
 from orchestration.storage import Storage, open_storage
 from workers.codecs import CodecConfig, directory_hash
@@ -207,7 +207,9 @@ def test_what_goes_wrong_on_a_worker_is_one_line_and_frees_the_cluster(cluster: 
     for name in ("one", "two"):
         (source / name / "a.png").write_bytes(b"no image")
     settings = Images(source=str(source), held_out=8, rows_per_shard=100, max_unreadable=1)
-    rule = r"max_unreadable must be at least .* got 1 and 2 of the first \d+ images, such as one/a.png \(is no image"
+    rule = (
+        r"data.images.max_unreadable must be at least .* got 1 and 2 of the first \d+ images: one/a.png \(is no image"
+    )
     with pytest.raises(ValueError, match=rule) as caught:
         run(storage, settings)
     assert "\n" not in str(caught.value)
@@ -298,6 +300,69 @@ def test_a_piece_without_a_readable_image_is_remembered_without_a_file(
     assert len(worker.do(piece)["record"]["unreadable"]) == 8
     assert not file.exists()
     assert not worker.do(piece)["is_new"]
+
+
+def spoilt(root: Path, names: Iterable[str]) -> None:
+    for name in names:
+        (root / name).write_bytes(b"no image")
+
+
+def follow(settings: Images, tmp_path: Path, least_held_out: int = 1) -> tuple[str, int]:
+    """What was wrong, in one line, and after how many pieces it was said."""
+    plan, pieces = plan_encoding(settings, PIXELS), list[str]()
+    worker = Worker(Task(plan.recipe, Parts(open_storage(str(tmp_path / "ws")), PATH, "records"), 1, False))
+
+    def answers() -> Iterator[dict[str, Any]]:
+        for shard in plan.shards:
+            pieces.append(_name(shard))
+            yield worker.do(json.loads(zlib.decompress(_piece(plan.recipe.identity, _name(shard), shard=shard))))
+
+    with pytest.raises(ValueError, match=r"data\.images") as caught:
+        _follow(answers(), plan, least_held_out, lambda *told: None)
+    assert "\n" not in str(caught.value)
+    return str(caught.value), len(pieces)
+
+
+def test_too_many_unreadable_images_are_named(tmp_path: Path) -> None:
+    source = Path(class_folder(tmp_path / "source", pictures(40)))
+    settings = Images(source=str(source), held_out=8, rows_per_shard=10, max_unreadable=3)
+    first = [place.name for place in plan_encoding(settings, PIXELS).shards[0].places[:5]]
+    spoilt(source, first)
+    message, pieces = follow(settings, tmp_path)
+    why = "(is no image of a known format)"
+    assert pieces == 1
+    assert message == (
+        "data.images.max_unreadable must be at least the number of unreadable images, got 3 and 5 of the first 10 "
+        f"images: {first[0]} {why}, {first[1]} {why}, {first[2]} {why} and 2 more; raise it, which keeps what is "
+        "encoded already, or mend them"
+    )
+
+
+def test_too_few_held_out_images_are_found_as_soon_as_they_are_certain(tmp_path: Path) -> None:
+    source = Path(class_folder(tmp_path / "source", pictures(120)))
+    settings = Images(source=str(source), held_out=20, rows_per_shard=10, max_unreadable=50)
+    plan = plan_encoding(settings, PIXELS)
+    assert [shard.split for shard in plan.shards] == ["train"] * 10 + ["held_out"] * 2
+    spoilt(source, [plan.shards[0].places[0].name, *(place.name for place in plan.shards[10].places[:4])])
+    message, pieces = follow(settings, tmp_path, least_held_out=17)
+    assert pieces == 11
+    assert message.startswith("data.images.held_out must leave at least 17 readable images, got 20 with 4 unreadable: ")
+    assert f"{plan.shards[10].places[2].name} (is no image of a known format) and 1 more; mend" in message
+
+
+def test_a_class_without_a_readable_training_image_is_named_at_once(tmp_path: Path) -> None:
+    source = Path(class_folder(tmp_path / "source", pictures(120)))
+    settings = Images(source=str(source), held_out=8, rows_per_shard=4, max_unreadable=50)
+    shards = plan_encoding(settings, PIXELS).shards
+    places = [(place.name, shard.number) for shard in shards if shard.split == "train" for place in shard.places]
+    fours = [(name, number) for name, number in places if name.startswith("four/")]
+    spoilt(source, [name for name, _ in fours])
+    message, pieces = follow(settings, tmp_path)
+    assert pieces == max(number for _, number in fours) + 1 < len(shards)
+    assert message == (
+        "data.images.source must have a readable training image of every class, got none of class 2 (four); mend them, "
+        "or add some"
+    )
 
 
 @pytest.mark.parametrize("kind", ["local", "moto"])

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 from tiny_models import tiny_clip, tiny_dinov2, tiny_rae_decoder, tiny_rae_statistics, tiny_vae
-from twins import one_by_one, twin
+from twins import HELD_OUT, IMAGES, one_by_one, twin
 
-from orchestration import encode, inputs, run, workflow
+from orchestration import cli, encode, inputs, run, workflow
 from orchestration.experiment import Experiment
 from orchestration.inputs import check_data, check_inputs, local_codec, local_copy, source_changes
 from orchestration.plan import make_plan
@@ -238,6 +238,30 @@ def test_alignment_features_must_fit_the_model(tmp_path):
     )
 
 
+def test_files_that_are_left_out_are_a_warning(tmp_path):
+    workspace = Workspace(twin("sit-b-256", tmp_path), open_storage(str(tmp_path / "ws")))
+    assert check_inputs(workspace) == []
+    for name in ("zero/b.heic", "zero/a.heic"):
+        (tmp_path / "images" / name).write_bytes(b"x")
+    (line,) = make_plan(workspace.experiment, Place(workspace.storage, "", []))["warnings"]
+    assert line == (
+        f"data.images.source {tmp_path}/images has files that are left out, of no suffix of images that are read: 2, "
+        "the first zero/a.heic"
+    )
+
+
+def test_a_reference_that_will_be_too_small_is_refused_before_it_is_encoded(tmp_path, monkeypatch):
+    raw = twin("rae-xl-256", tmp_path).model_dump(mode="json", exclude_none=True)
+    raw["evaluation"] |= {"num_samples": 150}
+    monkeypatch.setattr(inputs, "dimension_of", lambda config: HELD_OUT)
+    assert refused(validated("twin", raw), tmp_path) == (
+        "evaluation.reference must have more than the 110 features of dinov2, got 110 "
+        "images in held_out; hold out more, or compare with train"
+    )
+    monkeypatch.setattr(inputs, "dimension_of", lambda config: HELD_OUT - 1)
+    check_inputs(Workspace(validated("twin", raw), open_storage(str(tmp_path / "ws"))))
+
+
 def test_text_encoders_must_fit_the_model(tmp_path):
     experiment = twin("sd35-medium", tmp_path / "home")
     check_inputs(Workspace(experiment, open_storage(str(tmp_path / "ws"))))
@@ -298,6 +322,28 @@ def test_a_source_that_is_the_same_or_gone_says_nothing(home: Home) -> None:
     assert source_changes(workspace) == []
     images.mkdir()  # where another disk would be mounted
     assert source_changes(workspace) == []
+
+
+def test_images_mirrored_copies_and_unreadable_ones_are_told_apart(home: Home, capsys) -> None:
+    experiment, workspace, _ = home
+    assert experiment.data.images
+    assert experiment.data.images.flip
+    data = run._data(workspace)
+    assert (data["num_images"], data["num_in_source"]) == (2 * (IMAGES - HELD_OUT) + HELD_OUT, IMAGES)
+    bad = [{"split": "train", "name": f"{name}.png", "reason": "is cut"} for name in "abc"]
+    shown = {
+        "410 images with mirrored copies, of 260 in the source": {},
+        "404 images with mirrored copies, of 260 in the source, 3 of them unreadable": {
+            "num_images": 404,
+            "unreadable": bad,
+        },
+        "257 images, of 260 in the source, 3 of them unreadable": {"num_images": 257, "unreadable": bad},
+        "260 images": {"num_images": 260},
+        "1,797 images": {"num_images": 1797, "num_in_source": None},
+    }
+    for text, changes in shown.items():
+        cli._say_data({**data, **changes})
+        assert capsys.readouterr().out.splitlines()[0] == f"data:    {data['uri']} ({text})"
 
 
 CHANGES = {

@@ -481,6 +481,27 @@ def test_grey_images_become_colours():
     assert np.array_equal(centre_crop(Image.fromarray(grey), 4), np.stack([grey] * 3))
 
 
+@pytest.mark.parametrize("kind", ["png", "tiff", "pgm"])
+def test_sixteen_bits_are_rounded_to_eight(tmp_path, kind):
+    ramp = np.linspace(0, 65535, 64 * 64).round().astype(np.uint16).reshape(64, 64)
+    path = tmp_path / f"ramp.{kind}"
+    if kind == "pgm":
+        path.write_bytes(b"P5 64 64 65535\n" + ramp.astype(">u2").tobytes())
+    else:
+        Image.fromarray(ramp).save(path)
+    with Image.open(path) as image:
+        found = centre_crop(image, 64)
+    assert np.array_equal(found, np.stack([np.rint(ramp / 65535 * 255).astype(np.uint8)] * 3))
+    assert set(found[0].flat) == set(range(256))
+
+
+def test_numbers_without_a_known_range_are_refused(tmp_path):
+    for values in (np.full((4, 4), 0.5, np.float32), np.full((4, 4), 70000, np.int32)):
+        Image.fromarray(values).save(tmp_path / "x.tiff")
+        with Image.open(tmp_path / "x.tiff") as image, pytest.raises(ValueError, match="of 8 or 16 bits, got Pillow's"):
+            centre_crop(image, 4)
+
+
 # -------------------------------------------------------------------------------------------------- wrong inputs
 
 

@@ -147,6 +147,7 @@ def test_flipping_adds_a_mirrored_copy_of_each_training_image(tmp_path):
     assert sorted((image.tobytes(), label) for image, label in rows) == sorted(
         (image.tobytes(), label) for image, label in zip(both, labels, strict=True)
     )
+    assert plan_of(Path(source), flip=True).num_rows == {"train": 64, "held_out": 8}
     assert max(pq.read_metadata(path).num_rows for path in (tmp_path / "flipped").iterdir()) == 10
     np.testing.assert_array_equal(found["held_out"].images, plain["held_out"].images)
 
@@ -166,6 +167,34 @@ def test_images_of_other_sizes_and_modes_are_cropped_and_made_rgb(tmp_path):
         np.array(wide)[:, 9:41].transpose(2, 0, 1).tobytes(),
         np.array(clear)[..., :3].transpose(2, 0, 1).tobytes(),
     }
+
+
+def test_images_of_every_suffix_are_read_and_of_several_frames_the_first(tmp_path):
+    numbers, truth = np.random.default_rng(0), set()
+    (tmp_path / "a").mkdir()
+    for suffix in ("png", "bmp", "gif", "ppm", "tif", "TIFF", "webp"):
+        palette = Image.fromarray(numbers.integers(0, 256, (SIZE, SIZE), dtype=np.uint8)).convert("P")
+        palette.putpalette(numbers.integers(0, 256, 768, dtype=np.uint8).tobytes())
+        image = palette if suffix == "gif" else palette.convert("RGB")
+        frames = {"save_all": True, "append_images": [palette.rotate(90)]} if suffix == "gif" else {}
+        image.save(tmp_path / "a" / f"{suffix}.{suffix}", **frames, **({"lossless": True} if suffix == "webp" else {}))
+        truth.add(np.array(palette.convert("RGB")).transpose(2, 0, 1).tobytes())
+    with Image.open(tmp_path / "a" / "gif.gif") as gif:
+        assert gif.n_frames == 2
+    found = encoded(str(tmp_path), tmp_path.parent / "out", held_out=1)
+    assert {image.tobytes() for split in found.values() for image in split.images} == truth
+    assert len(truth) == 7
+
+
+def test_files_that_are_no_images_and_no_companions_are_listed(tmp_path):
+    source = Path(class_folder(tmp_path / "source", pictures(30)))
+    for name in ("zero/a.heic", "zero/0000.json", "one/notes.txt", "one/b.cls", "a.py", ".hidden.xyz", "zero/c"):
+        (source / name).write_bytes(b"x")
+    assert plan_of(source).left_out == ["a.py", "zero/a.heic", "zero/c"]
+    tars = Path(webdataset(tmp_path / "tars", pictures(30)))
+    (tars / "part-2.tar.gz").write_bytes(b"x")
+    assert plan_of(tars).left_out == ["part-2.tar.gz"]
+    assert plan_of(tars / "part-1.tar", held_out=1).left_out == []
 
 
 # ------------------------------------------------------------------------------------------------------------ codecs
@@ -474,7 +503,9 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_cannot_be_encoded_is_refused_in_one_line(tmp_path, kind):
     make, message = REFUSED[kind]
-    assert message in refused(make(tmp_path / "source"))
+    found = refused(make(tmp_path / "source"))
+    assert message in found
+    assert "text_encoders" not in found or found.endswith("; give them for sd3, or class labels for another model")
 
 
 def test_broken_files_are_refused_by_name(tmp_path):
@@ -513,7 +544,9 @@ LACKING = {
 @pytest.mark.parametrize("kind", LACKING)
 def test_text_encoders_without_captions_are_refused(tmp_path, text_encoders, kind):
     make, message = LACKING[kind]
-    assert message in refused(make(tmp_path / "source", pictures(30)), **text_encoders)
+    found = refused(make(tmp_path / "source", pictures(30)), **text_encoders)
+    assert message in found
+    assert found.endswith("; add it for sd3, which needs captions; for a model of class labels leave text_encoders out")
 
 
 @pytest.mark.parametrize("name", ["features", "text_encoders"])
