@@ -30,8 +30,11 @@ from workers.models.family import ModelConfig
 FACTS_VERSION = 1
 
 
-def check_inputs(workspace: Workspace) -> None:
+def check_inputs(workspace: Workspace) -> dict[str, int]:
     """Reads everything that was given or that an earlier run left, before any worker is started.
+
+    Returns:
+        The numbers of images that are still to be encoded, by split; empty where none are.
 
     Raises:
         ValueError: data or a checkpoint that cannot be used; CorruptError: an artifact that was altered.
@@ -47,12 +50,15 @@ def check_inputs(workspace: Workspace) -> None:
     if experiment.codec:
         _check_codec(experiment, experiment.codec)
     facts: dict[str, Any] = {}
+    to_encode: dict[str, int] = {}
     if workspace.artifact("data"):
         facts = check_data(workspace)
     elif experiment.data.images and experiment.codec:
         with readable("data.images.source", experiment.data.images.source), of_section("data.images"):
             settings = local_encoders(experiment.data.images)
-            found = plan_encoding(settings, experiment.codec).recipe.num_classes
+            plan = plan_encoding(settings, experiment.codec)
+        found = plan.recipe.num_classes
+        to_encode = {split: sum(len(s.places) for s in plan.shards if s.split == split) for split in images.SPLITS}
         if found != experiment.model.num_classes:
             raise ValueError(
                 f"model.num_classes must be the {found} of data.images.source, got {experiment.model.num_classes}"
@@ -66,6 +72,7 @@ def check_inputs(workspace: Workspace) -> None:
         artifact = workspace.artifact(stage.name)
         if artifact and workspace.storage.is_local:  # elsewhere what is read is verified when it is read
             artifact.fetch(cache)
+    return to_encode
 
 
 # ----------------------------------------------------------------------------------------------------- evaluation
