@@ -133,7 +133,7 @@ def _parser() -> argparse.ArgumentParser:
         )
     sub = verb("plan", "check everything and show what a run would do, without doing it", _plan)
     sub.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches, for the hours")
-    sub.add_argument("--peak-tflops", type=float, default=989.0, help="of a device; 989 is an H100's in bf16")
+    sub.add_argument("--peak-tflops", type=float, help="of a device, for the hours; an H100's in training.precision")
     report = verb(
         "report",
         "the report of an experiment anew, from the workspace; or a comparison of finished runs, from MLflow alone",
@@ -218,10 +218,9 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
     from orchestration.run import open_place
 
     for name, most in (("mfu", 1.0), ("peak_tflops", 1e6)):
-        if not 0 < getattr(arguments, name) <= most:
-            raise ValueError(
-                f"--{name.replace('_', '-')} must lie in (0, {most:g}], got {getattr(arguments, name)}; correct it"
-            )
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value <= most:
+            raise ValueError(f"--{name.replace('_', '-')} must lie in (0, {most:g}], got {value}; correct it")
     raw = read(arguments.experiment, arguments.overrides)
     missing = to_be_given(raw)
     if missing:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from orchestration.experiment import LEAST_HELD_OUT, Experiment
 from orchestration.launch import cache_directory
@@ -33,8 +33,20 @@ from workers.sources import is_there, list_source
 FACTS_VERSION = 1
 
 
-def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> list[str]:
-    """Reads everything that was given or that an earlier run left, before any worker is started; returns warnings.
+class Checked(NamedTuple):
+    """What was found of an experiment's inputs.
+
+    Attributes:
+        warnings: for the user, a line each.
+        to_encode: numbers of images that are still to be encoded, by split; empty where none are.
+    """
+
+    warnings: list[str]
+    to_encode: dict[str, int]
+
+
+def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> Checked:
+    """Reads everything that was given or that an earlier run left, before any worker is started.
 
     Args:
         workspace: of the experiment.
@@ -53,7 +65,7 @@ def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> list[str]:
                 )
     if experiment.codec:
         _check_codec(experiment, experiment.codec)
-    facts, warnings = dict[str, Any](), list[str]()
+    facts, warnings, to_encode = dict[str, Any](), list[str](), dict[str, int]()
     if workspace.artifact("data") and not (experiment.data.images and "data" in forced):
         facts, warnings = check_data(workspace), source_changes(workspace)
     elif experiment.data.images and experiment.codec:
@@ -62,6 +74,7 @@ def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> list[str]:
             plan = plan_encoding(settings, experiment.codec)
         found, warnings = plan.recipe.num_classes, _left_out(experiment.data.images, plan.left_out)
         facts = {split: {"num_images": count} for split, count in plan.num_rows.items()}
+        to_encode = {split: sum(len(s.places) for s in plan.shards if s.split == split) for split in images.SPLITS}
         if found != experiment.model.num_classes:
             raise ValueError(
                 f"model.num_classes must be the {found} of data.images.source, got {experiment.model.num_classes}"
@@ -76,7 +89,7 @@ def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> list[str]:
         artifact = workspace.artifact(stage.name)
         if artifact and workspace.storage.is_local:  # elsewhere what is read is verified when it is read
             artifact.fetch(cache)
-    return warnings
+    return Checked(warnings, to_encode)
 
 
 def _left_out(settings: Images, files: Sequence[str]) -> list[str]:

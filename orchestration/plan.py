@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 import platform
 import shutil
 import sys
@@ -12,15 +11,16 @@ from collections.abc import Mapping
 from importlib import metadata
 from typing import Any
 
-from orchestration import cluster, tracking
-from orchestration.experiment import Experiment
+from orchestration import cluster, sizes, tracking
+from orchestration.experiment import Experiment, is_captioned
 from orchestration.inputs import check_inputs
 from orchestration.run import Place, open_workspace
 from orchestration.workflow import Workspace
-from workers.config import Training
 from workers.cost import Cost, cost_of
 
 GIB = 2**30
+# Of an H100 SXM's data sheet, dense, TFLOP/s by training.precision.
+PEAK_TFLOPS = {"bf16": 989.0, "tf32": 494.7, "fp32": 66.9}
 
 
 def make_plan(experiment: Experiment, place: Place) -> dict[str, Any]:
@@ -30,20 +30,24 @@ def make_plan(experiment: Experiment, place: Place) -> dict[str, Any]:
         ValueError, CorruptError: whatever would stop the run.
     """
     workspace = Workspace(experiment, place.storage)
-    warnings = check_inputs(workspace)
+    warnings, to_encode = check_inputs(workspace)
     cluster.check_local_machine(experiment.cluster)
     states = {name: workspace.state(name) for name in workspace.stages}
     cost = _cost(experiment)
     # Without REPA's projectors, which sampling has no use for.
     sampling_cost = cost_of(experiment.model) if experiment.alignment_weight else cost
     to_do = {name for name, state in states.items() if state == "to do"}
-    to_train = [workspace.stages[n].settings["run"]["training"] for n in to_do if _is_training(workspace, n)]
-    images = sum(training["steps"] * training["global_batch_size"] for training in to_train)
+    to_train = sizes.trainings_of(workspace.stages[name] for name in to_do)
+    images = sum(training.steps * training.global_batch_size for training in to_train)
     to_sample = [workspace.stages[name].settings for name in to_do if name.startswith("samples/")]
     evaluations = sum(_evaluations(settings) for settings in to_sample)
-    kept = sum(cost.run_bytes(Training.model_validate(training)) for training in to_train)
     images_sampled = sum(len(settings["samplers"]) * settings["num_samples"] for settings in to_sample)
-    sampled_bytes = math.prod(experiment.image_shape) * images_sampled
+    captions = experiment.model.num_classes if is_captioned(experiment.model) else 0
+    written = {
+        "data": sizes.encoded_bytes(experiment, to_encode, captions) if to_encode else 0,
+        "runs": sum(map(cost.run_bytes, to_train)),
+        "samples": sizes.sample_bytes(experiment, images_sampled),
+    }
     return {
         "experiment": experiment.model_dump(mode="json"),
         "identity": experiment.identity,
@@ -52,10 +56,12 @@ def make_plan(experiment: Experiment, place: Place) -> dict[str, Any]:
         "warnings": [*place.warnings, *warnings],
         "stages": [{"name": name, "state": state} for name, state in states.items()],
         **costs(experiment),
-        "training_steps": sum(training["steps"] for training in to_train),
+        "training_steps": sum(training.steps for training in to_train),
         "training_flops": float(cost.training_flops * images),
         "sampling_flops": float(sampling_cost.forward_flops * evaluations),
-        "storage_gib": (kept + sampled_bytes) / GIB,
+        "images_to_encode": to_encode,
+        "storage_gib": sum(written.values()) / GIB,
+        "storage_gib_by_part": {part: size / GIB for part, size in written.items()},
     }
 
 
@@ -74,6 +80,7 @@ def costs(experiment: Experiment) -> dict[str, Any]:
         for sharded in (False, True)
         for again in (False, True)
     }
+    million = sizes.bytes_for_a_million(experiment)
     return {
         "parameters": cost.parameters,
         "trainable_parameters": cost.trainable,
@@ -82,7 +89,10 @@ def costs(experiment: Experiment) -> dict[str, Any]:
         "images_per_pass": images,
         "memory_gib_per_worker": cost.memory_bytes(training, images, experiment.cluster.num_workers) / GIB,
         "memory_gib_by_mode": memory,
+        "precision": training.precision,
         "arm_flops": float(cost.training_flops * training.steps * training.global_batch_size),
+        "data_gib_per_million_images": None if million is None else million / GIB,
+        **sizes.whole(experiment, cost),
     }
 
 
@@ -91,20 +101,36 @@ def _cost(experiment: Experiment) -> Cost:
     return cost_of(experiment.model, align=experiment.alignment_weight > 0)
 
 
-def cost_lines(plan: Mapping[str, Any], mfu: float, peak_tflops: float) -> list[str]:
-    """What the model costs, for a terminal; hours on one device that reaches the share `mfu` of `peak_tflops`."""
-    hours = plan["arm_flops"] / (mfu * peak_tflops * 1e12) / 3600
+def cost_lines(plan: Mapping[str, Any], mfu: float, peak_tflops: float | None) -> list[str]:
+    """What the experiment costs, for a terminal.
+
+    Args:
+        plan: from `costs` or `make_plan`.
+        mfu: the share of the peak that training reaches, for hours on one device.
+        peak_tflops: that peak; None for an H100's in the precision of training.
+    """
+    peak = peak_tflops or PEAK_TFLOPS[plan["precision"]]
+    whose = "as given" if peak_tflops else f"an H100's in {plan['precision']}"
+    hours, of_peak = plan["arm_flops"] / (mfu * peak * 1e12) / 3600, f"{mfu:.0%} of {peak:g} TFLOP/s, {whose}"
+    arms, pairs, total = plan["num_trained_arms"], plan["num_pairs"], plan["all_steps"]
+    runs, samples = plan["all_run_bytes"] / GIB, plan["all_sample_bytes"] / GIB
     lines = [
         f"model       {plan['parameters']:,} parameters, {plan['trainable_parameters']:,} of them train",
         f"compute     {plan['forward_gflops_per_image']:.4g} GFLOP an image forward, "
         f"{plan['training_gflops_per_image']:.4g} trained (2 for each multiply-add)",
-        f"one arm     {plan['arm_flops']:.3g} FLOPs, {hours:,.2f} device-hours at {mfu:.0%} of {peak_tflops:g} TFLOP/s",
+        f"one arm     {plan['arm_flops']:.3g} FLOPs, {hours:,.2f} device-hours at {of_peak}",
+        f"steps       {plan['arm_steps']:,} an arm, {arms} arms that train, {pairs} pairs; {total:,} in all",
         f"memory      about {plan['memory_gib_per_worker']:.2f} GiB a worker, {plan['images_per_pass']} images a pass",
     ]
-    return lines + [f"            {gib:9.2f} GiB with {mode}" for mode, gib in plan["memory_gib_by_mode"].items()]
+    lines += [f"            {gib:9.2f} GiB with {mode}" for mode, gib in plan["memory_gib_by_mode"].items()]
+    parts = f"{runs:,.2f} of checkpoints and weights, {samples:,.2f} of samples"
+    lines.append(f"storage     {runs + samples:,.2f} GiB in all: {parts}")
+    if (million := plan["data_gib_per_million_images"]) is not None:
+        lines.append(f"data        {million:,.2f} GiB encoded from each million images of the source")
+    return lines
 
 
-def plan_text(plan: Mapping[str, Any], mfu: float, peak_tflops: float) -> str:
+def plan_text(plan: Mapping[str, Any], mfu: float, peak_tflops: float | None) -> str:
     """The plan for a terminal."""
     import yaml
 
@@ -116,15 +142,19 @@ def plan_text(plan: Mapping[str, Any], mfu: float, peak_tflops: float) -> str:
     for state in ("done", "stale", "to do"):
         names = by_state.get(state, [])
         lines.append(f"{state:<6} {len(names):>3} stages  {', '.join(names)}".rstrip())
+    parts, to_encode = plan["storage_gib_by_part"], plan["images_to_encode"]
     lines += [
         "",
         f"identity    {plan['identity']}",
         f"workspace   {plan['workspace']}",
         f"tracking    {plan['tracking']}",
         *cost_lines(plan, mfu, peak_tflops),
-        f"training    {plan['training_steps']:,} steps to do, {plan['training_flops']:.3g} FLOPs",
-        f"sampling    {plan['sampling_flops']:.3g} FLOPs",
-        f"storage     {plan['storage_gib']:.3f} GiB to be written",
+        "",
+        "still to do:",
+        *([f"encode      {sum(to_encode.values()):,} images to {parts['data']:,.3f} GiB of data"] if to_encode else []),
+        f"train       {plan['training_steps']:,} steps, {plan['training_flops']:.3g} FLOPs, {parts['runs']:,.3f} GiB",
+        f"sample      {plan['sampling_flops']:.3g} FLOPs, {parts['samples']:,.3f} GiB",
+        f"write       {plan['storage_gib']:,.3f} GiB in all",
     ]
     return "\n".join(lines)
 
@@ -136,10 +166,6 @@ def _evaluations(settings: Mapping[str, Any]) -> int:
         s["num_steps"] * per_step[s["method"]] * (1 if s["guidance_scale"] == 1 else 2) for s in settings["samplers"]
     )
     return int(steps * settings["num_samples"])
-
-
-def _is_training(workspace: Workspace, name: str) -> bool:
-    return "training" in workspace.stages[name].settings.get("run", {})
 
 
 def examine(environment: Mapping[str, str]) -> list[dict[str, Any]]:

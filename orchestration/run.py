@@ -86,7 +86,7 @@ def run_experiment(
         )
     stages = needed_for(list(workspace.stages.values()), targets)
     forced = _forced(stages, force)
-    warnings = check_inputs(workspace, forced)
+    warnings = check_inputs(workspace, forced).warnings
     if not all(stage.on_driver for stage in workspace.pending(stages)):
         cluster.check_local_machine(experiment.cluster)
     with workspace.lease(), ExitStack() as cleanup:

@@ -192,6 +192,14 @@ def test_plan_of_a_published_recipe_costs_without_any_file_and_then_fails(capsys
     assert f"{hours:,.1f}"[:-1] in out
     assert "to be given: data.images.source, codec.weights, codec.sha256, base.checkpoint, base.sha256" in err
     assert err.count("\n") == 1
+    assert "at 50% of 400 TFLOP/s, as given" in out
+    assert "500,000 an arm, 3 arms that train, 3 pairs; 4,500,000 in all" in out
+    # Of each run the best checkpoint and two more (weights, average, two moments), and the final average.
+    runs = 9 * 4 * (3 * (2 * 675_129_632 + 2 * 674_834_720) + 675_129_632) / 2**30
+    samples = 3 * 4 * 4 * 50_000 * 3 * 256 * 256 / 2**30
+    parts = f"{runs:,.2f} of checkpoints and weights, {samples:,.2f} of samples"
+    assert f"storage     {runs + samples:,.2f} GiB in all: {parts}\n" in out
+    assert "61.05 GiB encoded from each million images of the source\n" in out
     assert main(["plan", "sit-xl-256", "--mfu", "0"]) == 2
     assert "--mfu must lie in (0, 1], got 0.0" in capsys.readouterr().err
 
@@ -202,3 +210,11 @@ def test_plan_counts_repas_projectors_where_the_loss_has_them(capsys):
         plan = json.loads(capsys.readouterr().out)
         assert plan["forward_gflops_per_image"] == pytest.approx(counted[0], abs=0.005)
         assert plan["training_gflops_per_image"] == pytest.approx(counted[1], abs=0.1)
+
+
+@pytest.mark.parametrize(("precision", "peak"), [("bf16", 989), ("tf32", 494.7), ("fp32", 66.9)])
+def test_hours_are_those_of_the_precision(precision, peak, capsys):
+    assert main(["plan", "sit-xl-256", "--set", f"training.precision={precision}"]) == 2
+    out = capsys.readouterr().out
+    hours = 711.7185 * 500_000 * 256 / (0.4 * peak * 1e3) / 3600
+    assert f"{hours:,.2f} device-hours at 40% of {peak:g} TFLOP/s, an H100's in {precision}\n" in out

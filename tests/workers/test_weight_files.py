@@ -18,7 +18,7 @@ from worker_toys import MODEL
 from workers.models.checkpoints import infer_config, load_weights, save_weights
 from workers.models.ddt import DiTDH, DiTDHConfig
 from workers.models.mismatch import check_architecture
-from workers.models.sd3 import SD3
+from workers.models.sd3 import SD3, save_lora, save_sd3
 from workers.models.sit import SiT, SiTConfig
 
 
@@ -366,3 +366,19 @@ def test_what_is_saved_is_loaded_to_the_bit(tmp_path, name):
         assert torch.load(tmp_path / name, weights_only=True).keys() == {"ema"}
     with pytest.raises(ValueError, match=r"must end in \.safetensors or \.pt, got 'x\.bin'"):
         save_weights(found, tmp_path / "x.bin")
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o027])
+def test_files_have_the_mode_that_the_umask_gives(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        save_weights(weights(), tmp_path / "x.pt")
+        save_weights(weights(), tmp_path / "x.safetensors")
+        save_sd3(tmp_path / "sd3", sd3_config(), SD3(sd3_config()).state_dict())
+        lora = sd3_config(lora_rank=2)
+        save_lora(tmp_path / "lora", lora, SD3(lora).state_dict())
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 5
+    assert {path.stat().st_mode & 0o777 for path in files} == {0o666 & ~mask}

@@ -14,12 +14,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from workers.models.ddt import DiTDHConfig
 from workers.models.family import ModelConfig
-from workers.models.sd3 import load_sd3
+from workers.models.sd3 import load_sd3, save_tensors
 from workers.models.sit import SIT_SIZES, SiTConfig
 from workers.models.unreadable import why_unreadable
 
@@ -118,11 +118,10 @@ def save_weights(weights: Mapping[str, Tensor], path: Path) -> None:
     Raises:
         ValueError: another ending.
     """
-    content = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
     if path.suffix == ".safetensors":
-        save_file(content, path)
+        save_tensors(weights, path)
     elif path.suffix == ".pt":
-        torch.save({"ema": content}, path)
+        torch.save({"ema": {name: value.detach().cpu().contiguous() for name, value in weights.items()}}, path)
     else:
         raise ValueError(f"the file to write must end in .safetensors or .pt, got {path.name!r}")
 

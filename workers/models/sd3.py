@@ -311,7 +311,7 @@ def save_sd3(directory: Path, config: SD3Config, weights: Mapping[str, Tensor]) 
     directory.mkdir(parents=True, exist_ok=True)
     content = {"_class_name": "SD3Transformer2DModel", **config.transformer}
     (directory / "config.json").write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
-    _save(full_weights(config, weights), directory / WEIGHTS_FILE, {})
+    save_tensors(full_weights(config, weights), directory / WEIGHTS_FILE, {"format": "pt"})
 
 
 def load_sd3(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -369,7 +369,8 @@ def save_lora(directory: Path, config: SD3Config, weights: Mapping[str, Tensor])
         "transformer.target_modules": list(PROJECTIONS),
     }
     directory.mkdir(parents=True, exist_ok=True)
-    _save(adapters, directory / LORA_FILE, {LORA_METADATA: json.dumps(settings, sort_keys=True)})
+    about = {"format": "pt", LORA_METADATA: json.dumps(settings, sort_keys=True)}
+    save_tensors(adapters, directory / LORA_FILE, about)
 
 
 def load_lora(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -395,9 +396,12 @@ def load_lora(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     return {"lora_rank": rank, "lora_alpha": float(settings.get("transformer.lora_alpha", rank))}, found
 
 
-def _save(weights: Mapping[str, Tensor], path: Path, metadata: Mapping[str, str]) -> None:
-    content = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    save_file(content, path, metadata={"format": "pt", **metadata})
+def save_tensors(weights: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Writes a safetensors file with the mode that the umask gives: the library's own is for its owner alone."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, path, metadata)
+    path.chmod(mode)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
