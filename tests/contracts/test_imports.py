@@ -25,6 +25,7 @@ ALLOWED = {
     },
 }  # fmt: skip
 # what only these files may import
+WORKERS = ("stages", "measuring", "site")  # of orchestration, what runs on a worker
 CONFINED = {
     "torchdiffeq": ["mixflow_core/samplers.py"],
     "diffusers": ["workers/*.py"],
@@ -34,11 +35,11 @@ CONFINED = {
     "botocore": ["orchestration/storage.py"],
     "mlflow": ["orchestration/tracking.py", "orchestration/tracked.py"],  # one writes, the other reads
     "psycopg2": ["orchestration/tracking.py"],
-    # stages.py and encode.py's Worker run on a worker; the others ask torch about the machine (DRIVER_TORCH).
-    "orchestration:torch": [f"orchestration/{name}.py" for name in ("stages", "encode", "launch", "cluster", "plan")],
-    "orchestration:numpy": ["orchestration/stages.py"],
+    # WORKERS' files and encode.py's Worker run on a worker; the others ask torch about the machine (DRIVER_TORCH).
+    "orchestration:torch": [f"orchestration/{name}.py" for name in (*WORKERS, "encode", "launch", "cluster", "plan")],
+    "orchestration:numpy": ["orchestration/measuring.py"],
     # run.py writes the weights of a base that was given.
-    "orchestration:safetensors": ["orchestration/stages.py", "orchestration/run.py"],
+    "orchestration:safetensors": [f"orchestration/{name}.py" for name in (*WORKERS, "run")],
 }
 # Devices, threads, and the meta device to count parameters: all that the driver may use of torch.
 DRIVER_TORCH = {
@@ -147,7 +148,7 @@ def test_the_driver_computes_with_no_tensor():
     found = [
         f"{path.name}:{node.lineno} uses {ast.unparse(node)}"
         for path in sources("orchestration")
-        if path.name != "stages.py"
+        if path.stem not in WORKERS
         for node in ast.walk(tree(path))
         if isinstance(node, ast.Attribute) and ast.unparse(node).startswith("torch.")
         if ast.unparse(node) not in DRIVER_TORCH
