@@ -14,6 +14,7 @@ from orchestration.site import Site
 from orchestration.stages import run_stages
 from orchestration.storage import open_storage
 from orchestration.workflow import Workspace
+from workers import sample
 
 SMALL = (
     "base.train.steps=20",
@@ -39,7 +40,11 @@ def run_group(world_size: int, workspace: Path, kinds: Sequence[str], overrides:
     """Runs the stages of these kinds on `world_size` processes (this one, if 1)."""
     arguments = (world_size, workspace, tuple(kinds), tuple(overrides))
     if world_size == 1:
-        run_rank(0, *arguments)
+        before = sample.PART_IMAGES
+        try:
+            run_rank(0, *arguments)
+        finally:
+            sample.PART_IMAGES = before
     else:
         (workspace / "group").unlink(missing_ok=True)
         mp.spawn(run_rank, arguments, nprocs=world_size)
@@ -48,8 +53,6 @@ def run_group(world_size: int, workspace: Path, kinds: Sequence[str], overrides:
 def run_rank(rank: int, world_size: int, directory: Path, kinds: Sequence[str], overrides: Sequence[str]) -> None:
     """One process's part."""
     torch.set_num_threads(1)
-    from workers import sample
-
     sample.PART_IMAGES = 60  # three parts a cell, as 3,000 images of the real size have
     if world_size > 1:
         dist.init_process_group("gloo", init_method=f"file://{directory}/group", rank=rank, world_size=world_size)
