@@ -5,17 +5,18 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from orchestration.experiment import LEAST_HELD_OUT, Experiment
 from orchestration.launch import cache_directory
-from orchestration.storage import open_storage
+from orchestration.storage import Storage, open_storage
 from orchestration.workflow import Workspace
 from workers import data as images
 from workers.adm import read_reference
@@ -56,6 +57,7 @@ def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> Checked:
         ValueError: data or a checkpoint that cannot be used; CorruptError: an artifact that was altered.
     """
     experiment, cache = workspace.experiment, cache_directory()
+    _check_uris(workspace)
     if experiment.data.shards:
         with readable("data.shards", experiment.data.shards):
             if workspace.artifact("data") is None:
@@ -69,7 +71,8 @@ def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> Checked:
     if workspace.artifact("data") and not (experiment.data.images and "data" in forced):
         facts, warnings = check_data(workspace), source_changes(workspace)
     elif experiment.data.images and experiment.codec:
-        with readable("data.images.source", experiment.data.images.source), of_section("data.images"):
+        source = readable("data.images.source", experiment.data.images.source)
+        with source, of_section("data.images", *Images.model_fields):
             settings = local_encoders(experiment.data.images)
             plan = plan_encoding(settings, experiment.codec)
         found, warnings = plan.recipe.num_classes, _left_out(experiment.data.images, plan.left_out)
@@ -101,6 +104,42 @@ def _left_out(settings: Images, files: Sequence[str]) -> list[str]:
     ]
 
 
+def _check_uris(workspace: Workspace) -> None:
+    """Looks at what lies elsewhere, also where this machine has its content already: the other machines may not.
+
+    Raises:
+        ValueError: a URI is none, or nothing can be read there; the message names its setting.
+    """
+    # What is looked at below, or is of no use any more once its stage is done.
+    others = ["data.shards", "base.checkpoint", "guide.checkpoint"]
+    if workspace.experiment.data.images and workspace.artifact("data"):
+        others += ["data.images.features", "data.images.text_encoders"]
+    for name, uri in _uris(workspace.experiment):
+        try:
+            open_storage(uri)
+        except ValueError as error:
+            raise ValueError(f"{name} {str(error).removeprefix('storage ')}") from error
+        if uri.startswith("s3://") and name not in others:
+            with readable(name, uri):
+                _files_at(name, uri)
+
+
+def _uris(experiment: Experiment) -> Iterator[tuple[str, str]]:
+    """All that is given by path or URI, by its setting; the images' source is always a path."""
+    data, evaluation = experiment.data, experiment.evaluation
+    given: dict[str, str | None] = {"data.shards": data.shards, "evaluation.reference.npz": evaluation.reference.npz}
+    for name in ("features", "text_encoders"):
+        given[f"data.images.{name}"] = getattr(data.images, name, None)
+    for name in ("weights", "decoder", "statistics"):
+        given[f"codec.{name}"] = getattr(experiment.codec, name, None)
+    for number, extractor in enumerate(evaluation.extractors):
+        given[f"evaluation.extractors.{number}.weights"] = extractor.weights
+    for checkpoint in (given_base(experiment), given_guide(experiment)):
+        if checkpoint:
+            given[f"{checkpoint.section}.checkpoint"] = checkpoint.uri
+    return ((name, uri) for name, uri in given.items() if uri)
+
+
 # ----------------------------------------------------------------------------------------------------- evaluation
 
 
@@ -115,26 +154,25 @@ def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> None:
         ValueError: weights or a reference that cannot be used, or fewer images than a covariance needs.
     """
     evaluation = experiment.evaluation
-    split, spatial = evaluation.reference.split, True
+    split, known = evaluation.reference.split, None
     if evaluation.reference.npz:
-        with of_section("evaluation.reference"):
+        with of_section("evaluation.reference", "npz", "sha256"):
             path = Path(local_copy("npz", evaluation.reference.npz, evaluation.reference.sha256 or ""))
             if (found := measure(path).sha256 if path.is_file() else "no file") != evaluation.reference.sha256:
                 raise ValueError(f"sha256 must be that of npz, {found}, got {evaluation.reference.sha256}; correct it")
             known = read_reference(path, image_size=experiment.image_shape[1])
-        spatial = known.spatial_mean is not None
-        others = [e.kind for e in evaluation.extractors if e.kind not in ("inception", "clip")]
-        if others and known.num_images is None:
+        kinds = [config.kind for config in evaluation.extractors]
+        if "inception" not in kinds:
             raise ValueError(
-                "evaluation.extractors must be inception where evaluation.reference has no images (arr_0), "
-                f"got {others[0]}; remove it"
+                "evaluation.extractors must have inception where evaluation.reference is an npz, whose statistics are "
+                f"of its features, got {', '.join(kinds)}; add it"
             )
-        _check_primary(experiment, images_too=known.num_images is not None, spatial=spatial)
-    for config in evaluation.extractors:
+        _check_primary(experiment, images_too=known.num_images is not None, spatial=known.spatial_mean is not None)
+    for number, config in enumerate(evaluation.extractors):
         if config.kind == "digits":
             dimension = NUM_FEATURES
         else:
-            with of_section("evaluation.extractors"):
+            with of_section(f"evaluation.extractors.{number}", "weights", "sha256"):
                 found_dimension = dimension_of(local_extractor(config))
             if found_dimension is None:
                 continue
@@ -144,10 +182,14 @@ def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> None:
                 f"evaluation.num_samples must be more than the {dimension} features of {config.kind}, or their "
                 f"covariance has no full rank, got {evaluation.num_samples}; raise it"
             )
-        if split and facts and facts[split]["num_images"] <= dimension:
+        images_there = facts[split]["num_images"] if split and facts else None
+        if known and config.kind != "inception":  # whose statistics are given
+            images_there = known.num_images or 0
+        if images_there is not None and images_there <= dimension:
+            mend = "hold out more, or compare with train" if split else "compare with a split, or leave this one out"
             raise ValueError(
                 f"evaluation.reference must have more than the {dimension} features of {config.kind}, got "
-                f"{facts[split]['num_images']} images in {split}; hold out more, or compare with train"
+                f"{images_there} images in {split or 'npz'}; {mend}"
             )
 
 
@@ -282,7 +324,7 @@ def _check_features(experiment: Experiment, found: list[int] | None) -> None:
 
 def _check_codec(experiment: Experiment, config: CodecConfig) -> None:
     """Opens it: hashes, files, and the shape of its latents."""
-    with of_section("codec"):
+    with of_section("codec", *(field.name for field in fields(CodecConfig))):
         shape = latent_shape_of(local_codec(config))
     model = experiment.model
     if shape != (model.in_channels, model.input_size, model.input_size):
@@ -378,18 +420,26 @@ def local_copy(name: str, uri: str, sha256: str) -> str:
 
 
 def _bring(name: str, uri: str, target: Path) -> None:
-    folder, _, last = uri.rstrip("/").rpartition("/")
-    storage = open_storage(folder)
-    if storage.exists(last):
+    storage, last, files = _files_at(name, uri)
+    if files == [last]:
         storage.copy_out(last, target)
         return
-    files = storage.list(last)
-    if not files:
-        raise ValueError(f"{name} must be a file or a directory, got {uri!r} with nothing there; correct the URI")
     for file in files:
         path = target / file.removeprefix(f"{last}/")
         path.parent.mkdir(parents=True, exist_ok=True)
         storage.copy_out(file, path)
+
+
+def _files_at(name: str, uri: str) -> tuple[Storage, str, list[str]]:
+    """The storage around a URI, its last part, and the file of that name or the files below it."""
+    folder, _, last = uri.rstrip("/").rpartition("/")
+    if folder == "s3:/":
+        raise ValueError(f"{name} must name a file or a directory in its bucket, got {uri!r}; add its name")
+    storage = open_storage(folder)
+    files = [last] if storage.exists(last) else storage.list(last)
+    if not files:
+        raise ValueError(f"{name} must be a file or a directory, got {uri!r} with nothing there; correct the URI")
+    return storage, last, files
 
 
 def _hash_of(path: Path) -> str:
@@ -456,7 +506,7 @@ def given_weights(given: Given) -> Any:
             raise ValueError(
                 f"{given.section}.sha256 must be the checkpoint's {found}, got {given.sha256}; the file is another one"
             )
-        with of_section(given.section):
+        with of_section(given.section, "checkpoint"):
             weights = load_weights(path)
             check_architecture(weights, given.model, given.uri)
         yield weights
@@ -475,10 +525,14 @@ def readable(name: str, uri: str) -> Iterator[None]:
 
 
 @contextmanager
-def of_section(name: str) -> Iterator[None]:
-    """Says to which section of the file a worker's complaint belongs."""
+def of_section(name: str, *settings: str) -> Iterator[None]:
+    """Says to which section of the file a worker's complaint belongs, and to which of its settings if it names one."""
     try:
         yield
     except ValueError as error:
-        text = str(error)
-        raise ValueError(f"{name}.{text}" if text[:1].isalpha() else f"{name}: {text}") from error
+        text, first = str(error), re.split(r"[ .]", str(error), maxsplit=1)[0]
+        if first in settings:
+            raise ValueError(f"{name}.{text}") from error
+        if name.endswith(f".{first}"):
+            raise ValueError(f"{name}{text.removeprefix(first)}") from error
+        raise ValueError(f"{name}: {text}") from error

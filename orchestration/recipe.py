@@ -160,7 +160,8 @@ def _make_absolute(raw: Any, path: str) -> None:
         _make_absolute(raw.get(first), rest)
     elif isinstance(raw, dict):
         value = raw.get(first)
-        if isinstance(value, str) and value not in ("", TO_BE_GIVEN) and not re.match("file:|[a-z0-9]+://", value):
+        is_uri = isinstance(value, str) and re.match("file:|[A-Za-z][A-Za-z0-9+.-]*://", value)
+        if isinstance(value, str) and value not in ("", TO_BE_GIVEN) and not is_uri:
             raw[first] = str(Path(value).expanduser().absolute())
 
 

@@ -162,7 +162,7 @@ def open_codec(config: CodecConfig, device: torch.device) -> Codec:
     """
     if config.kind == "identity":
         return IdentityCodec(config, device)
-    _check_directory(config.weights, config.sha256)
+    _check_directory("weights", config.weights, config.sha256)
     return VaeCodec(config, device) if config.kind == "vae" else RaeCodec(config, device)
 
 
@@ -188,11 +188,13 @@ class VaeCodec(Codec):
 
     def __init__(self, config: CodecConfig, device: torch.device) -> None:
         super().__init__(config, device)
-        self.vae: Any = load_vae(Path(config.weights)).to(device)
+        with of_setting("weights"):
+            self.vae: Any = load_vae(Path(config.weights)).to(device)
         self.decoder: Any = self.vae
         if config.decoder:
-            _check_hash("decoder", Path(config.decoder), directory_hash(Path(config.decoder)), config.decoder_sha256)
-            self.decoder = load_vae(Path(config.decoder)).to(device)
+            _check_directory("decoder", config.decoder, config.decoder_sha256)
+            with of_setting("decoder"):
+                self.decoder = load_vae(Path(config.decoder)).to(device)
             mine, its = ((len(v.config.block_out_channels), v.config.latent_channels) for v in (self.vae, self.decoder))
             if mine != its:
                 raise ValueError(f"decoder must have the (levels, latent channels) {mine} of weights, got {its}")
@@ -228,17 +230,20 @@ class RaeCodec(Codec):
         decoder, statistics = Path(config.decoder), Path(config.statistics)
         _check_file("decoder", decoder, config.decoder_sha256)
         _check_file("statistics", statistics, config.statistics_sha256)
-        self.encoder: Any = load_dinov2(Path(config.weights))
+        with of_setting("weights"):
+            self.encoder: Any = load_dinov2(Path(config.weights))
         self.encoder.layernorm = nn.LayerNorm(
             self.encoder.config.hidden_size, eps=self.encoder.config.layer_norm_eps, elementwise_affine=False
         )
         self.encoder.to(device)
-        self.decoder = load_rae_decoder(decoder, num_heads=config.decoder_heads).to(device)
+        with of_setting("decoder"):
+            self.decoder = load_rae_decoder(decoder, num_heads=config.decoder_heads).to(device)
         makes = (self.decoder.channels, self.decoder.grid, self.decoder.grid * self.decoder.patch_size)
         needs = (self.latent_shape[0], self.latent_shape[1], config.image_size)
         if makes != needs:
             raise ValueError(f"decoder must fit (channels, grid, image size) {needs}, got {makes}; set image_size")
-        self.mean, self.std = (value.to(device) for value in load_rae_statistics(statistics, self.latent_shape))
+        with of_setting("statistics"):
+            self.mean, self.std = (value.to(device) for value in load_rae_statistics(statistics, self.latent_shape))
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -279,7 +284,7 @@ def open_dinov2(weights: str, sha256: str, image_size: int, device: torch.device
     """
     if image_size % _RAE_PATCH:
         raise ValueError(f"image_size must be a multiple of {_RAE_PATCH} for DINOv2's features, got {image_size}")
-    _check_directory(weights, sha256)
+    _check_directory("weights", weights, sha256)
     encoder: Any = load_dinov2(Path(weights))
     table = encoder.embeddings.position_embeddings  # (1, 1 + tokens, D), the class token first
     side, grid = round((table.shape[1] - 1) ** 0.5), image_size // _RAE_PATCH
@@ -405,8 +410,20 @@ def directory_hash(path: Path) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
-def _check_directory(path: str, sha256: str) -> None:
-    _check_hash("weights", Path(path), directory_hash(Path(path)), sha256)
+@contextmanager
+def of_setting(name: str) -> Iterator[None]:
+    """Says of which setting a complaint is that names a path alone."""
+    try:
+        yield
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(name) else f"{name} {text}") from error
+
+
+def _check_directory(name: str, path: str, sha256: str) -> None:
+    with of_setting(name):
+        found = directory_hash(Path(path))
+    _check_hash(name, Path(path), found, sha256)
 
 
 def _check_file(name: str, path: Path, sha256: str) -> None:

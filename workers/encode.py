@@ -24,7 +24,16 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mixflow_core.rng import generator
-from workers.codecs import Codec, CodecConfig, centre_crop, dino_features, directory_hash, open_codec, open_dinov2
+from workers.codecs import (
+    Codec,
+    CodecConfig,
+    centre_crop,
+    dino_features,
+    directory_hash,
+    of_setting,
+    open_codec,
+    open_dinov2,
+)
 from workers.config import Frozen
 from workers.data import CaptionTable, ImageSet, Split, Statistics, write_captions, write_shard
 from workers.pretrained import TextEncoders
@@ -161,7 +170,7 @@ def plan_encoding(settings: Images, codec: CodecConfig) -> Plan:
     if codec.channels != 3:
         raise ValueError(f"codec.channels must be 3 for encoded images, got {codec.channels}")
     if settings.features and codec.image_size % FEATURE_PATCH:
-        raise ValueError(f"image_size must be a multiple of {FEATURE_PATCH} for features, got {codec.image_size}")
+        raise ValueError(f"codec.image_size must be a multiple of {FEATURE_PATCH} for features, got {codec.image_size}")
     for name in ("features", "text_encoders"):
         _check_directory(name, getattr(settings, name), getattr(settings, f"{name}_sha256"))
     source = list_source(settings.source, captions=settings.text_encoders is not None)
@@ -186,7 +195,11 @@ def plan_encoding(settings: Images, codec: CodecConfig) -> Plan:
 
 
 def _check_directory(name: str, path: str | None, stated: str | None) -> None:
-    if path is not None and (found := directory_hash(Path(path))) != stated:
+    if path is None:
+        return
+    with of_setting(name):
+        found = directory_hash(Path(path))
+    if found != stated:
         raise ValueError(f"{name}_sha256 must be the hash {found} of {path}, got {stated}; the files are others")
 
 

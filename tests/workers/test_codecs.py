@@ -576,7 +576,7 @@ def test_damaged_weights_are_named_in_one_line(tmp_path, kind):
     (file,) = Path(config.weights).glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:-100])
     message = refused(replace(config, sha256=directory_hash(Path(config.weights))))
-    assert message.startswith(f"{config.weights} must hold a readable")
+    assert message.startswith(f"weights {config.weights} must hold a readable")
 
 
 @pytest.mark.parametrize("kind", ["vae", "rae"])
@@ -635,7 +635,7 @@ def test_a_damaged_decoder_is_named(tmp_path):
     file = Path(config.decoder)
     file.write_bytes(file.read_bytes()[:-200])
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    assert refused(replace(config, decoder_sha256=digest)).startswith("checkpoint decoder.pt must hold tensors")
+    assert refused(replace(config, decoder_sha256=digest)).startswith("decoder checkpoint decoder.pt must hold tensors")
 
 
 @pytest.mark.parametrize(
