@@ -163,7 +163,7 @@ SIGMA = np.eye(2048)
     [
         (
             {"mu": MU, "sigma": SIGMA},
-            "evaluation.extractors must be inception where evaluation.reference has no images",
+            "evaluation.extractors must have inception where evaluation.reference is an npz",
         ),
         ({"mu": np.zeros(768), "sigma": np.eye(768)}, "2048"),
         ({"mu": MU, "sigma": SIGMA, "arr_0": np.zeros((4, 64, 64, 3), np.uint8)}, "64"),
@@ -182,7 +182,8 @@ def test_another_file_than_stated_is_refused(evaluated, tmp_path):
     found = write_npz(path, mu=MU, sigma=SIGMA, arr_0=np.zeros((4, 32, 32, 3), np.uint8))
     with pytest.raises(ValueError, match=rf"sha256 must be that of npz, {found}, got a{{64}}; correct it"):
         evaluated(reference={"npz": str(path), "sha256": "a" * 64})
-    evaluated(reference={"npz": str(path), "sha256": found})
+    with pytest.raises(ValueError, match=r"must have inception where evaluation\.reference is an npz, .* got dinov2"):
+        evaluated(reference={"npz": str(path), "sha256": found})
 
 
 def test_absent_weights_are_named_with_where_people_get_them(evaluated, tmp_path):
