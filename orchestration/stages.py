@@ -158,18 +158,19 @@ def _samples(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[
         record, why_again = path.finished(name, digest)
         if why_again:
             log.warning("%s of %s is sampled again: %s", name, stage.name, why_again)
-        if record is None:
+        sheet = path.finished(f"{cell}.png", digest)[0] if number == 0 else None
+        if record is None or (number == 0 and sheet is None):
             done = [sample_batch(model, run, what, n, site.device, guide=guide, decode=decode) for n in batches]
             pixels, labels = torch.cat([s.pixels for s in done]), torch.cat([s.labels for s in done])
             if number == 0:  # before the part's record, so that it is there when the part is
-                path.keep(f"{cell}.png", digest, _grid(pixels, directory / f"{cell}.png"), {"evaluations": 0})
+                sheet = path.keep(f"{cell}.png", digest, _grid(pixels, directory / f"{cell}.png"), {"evaluations": 0})
             write_part(directory / name, pixels, labels)
             evaluations = sum(s.nfe * len(s.labels) for s in done)
             record = path.keep(name, digest, directory / name, {"evaluations": evaluations})
             (directory / name).unlink()
         mine[name] = record
-        if number == 0:
-            mine[f"{cell}.png"] = path.finished(f"{cell}.png", digest)[0]
+        if sheet is not None:
+            mine[f"{cell}.png"] = sheet
         if site.rank == 0:
             site.tell(stage.name, place, len(work), {})
     records = {name: record for part in site.gather(mine) for name, record in part.items()}
