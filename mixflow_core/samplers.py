@@ -2,12 +2,14 @@
 
 Every sampler takes a field u(x, t) with x (B, ...) and t (B,), a start x, and a time grid of num_steps + 1 times:
 `num_steps` always means steps. The published SiT code counts the grid's points instead (50 points are 49 steps).
+A sampler yields its states one by one, since those of 250 steps fill 250 times the memory of a batch.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
@@ -59,27 +61,25 @@ def time_grid(num_steps: int, *, start: float = 0.0, end: float = 1.0, shift: fl
     return grid if shift == 1 else shift_time(grid, shift)
 
 
-def euler(field: Field, x: Tensor, grid: Tensor) -> list[Tensor]:
+def euler(field: Field, x: Tensor, grid: Tensor) -> Iterator[Tensor]:
     """Euler's method; the states at every time of the grid, the start first."""
-    states = [x]
+    yield x
     for t, t_next in pairwise(grid):
         x = x + (t_next - t) * _velocity(field, x, t)
-        states.append(x)
-    return states
+        yield x
 
 
-def heun(field: Field, x: Tensor, grid: Tensor) -> list[Tensor]:
+def heun(field: Field, x: Tensor, grid: Tensor) -> Iterator[Tensor]:
     """Heun's second-order method (two evaluations a step); the states at every time of the grid."""
-    states = [x]
+    yield x
     for t, t_next in pairwise(grid):
         h = t_next - t
         slope = _velocity(field, x, t)
         x = x + h * (slope + _velocity(field, x + h * slope, t_next)) / 2
-        states.append(x)
-    return states
+        yield x
 
 
-def dopri5(field: Field, x: Tensor, grid: Tensor, *, atol: float = 1e-6, rtol: float = 1e-3) -> list[Tensor]:
+def dopri5(field: Field, x: Tensor, grid: Tensor, *, atol: float = 1e-6, rtol: float = 1e-3) -> Iterator[Tensor]:
     """Adaptive Dormand-Prince 5(4) by torchdiffeq; the grid only says which states are returned.
 
     The step size follows the error over the whole batch, so samples depend on their batch mates, and the network may be
@@ -87,7 +87,12 @@ def dopri5(field: Field, x: Tensor, grid: Tensor, *, atol: float = 1e-6, rtol: f
     """
     from torchdiffeq import odeint  # 0.5 s to import, needed by no other sampler
 
-    return list(odeint(lambda t, state: _velocity(field, state, t), x, grid, method="dopri5", atol=atol, rtol=rtol))
+    yield from odeint(lambda t, state: _velocity(field, state, t), x, grid, method="dopri5", atol=atol, rtol=rtol)
+
+
+def final(states: Iterator[Tensor]) -> Tensor:
+    """The last of a sampler's states, keeping none of the others."""
+    return deque(states, maxlen=1).pop()
 
 
 def _velocity(field: Field, x: Tensor, t: Tensor) -> Tensor:
@@ -136,7 +141,7 @@ def sde(
     corrector: bool = False,
     last_step: LastStep = "mean",
     end: float = 1.0,
-) -> list[Tensor]:
+) -> Iterator[Tensor]:
     """Euler-Maruyama, or stochastic Heun with `corrector`, then one last noise-free step from the grid's end to `end`.
 
     Args:
@@ -151,7 +156,7 @@ def sde(
             `none`: no last step.
         end: the time of the last state.
 
-    Returns:
+    Yields:
         The states at every time of the grid, and the one after the last step.
 
     Raises:
@@ -164,7 +169,7 @@ def sde(
         score = interpolant.score_from_velocity(velocity, x=state, t=t)
         return velocity + broadcast(diffusion(interpolant, t), state) * score
 
-    states = [x]
+    yield x
     for k, (t, t_next) in enumerate(pairwise(grid)):
         h = t_next - t
         kick = torch.sqrt(2 * diffusion(interpolant, t) * h) * noise(k)
@@ -174,15 +179,14 @@ def sde(
             x = x + h * (slope + drift(x + h * slope, t_next)) / 2
         else:
             x = x + h * drift(x, t) + kick
-        states.append(x)
+        yield x
     t = grid[-1]
     if last_step == "mean":
-        states.append(x + (end - t) * drift(x, t))
+        yield x + (end - t) * drift(x, t)
     elif last_step == "euler":
-        states.append(x + (end - t) * _velocity(field, x, t))
+        yield x + (end - t) * _velocity(field, x, t)
     elif last_step == "tweedie":
-        states.append(interpolant.data_from_velocity(_velocity(field, x, t), x=x, t=t))
-    return states
+        yield interpolant.data_from_velocity(_velocity(field, x, t), x=x, t=t)
 
 
 @dataclass(frozen=True)
@@ -288,7 +292,7 @@ class Sampler:
         """The samples from noise x (B, ...); `noise` is asked by an SDE only."""
         grid = self.times().to(x.device)
         if self.is_sde:
-            return sde(
+            states = sde(
                 field,
                 x,
                 grid[:-1] if self._closes else grid,
@@ -297,9 +301,10 @@ class Sampler:
                 diffusion=Diffusion(self.diffusion),
                 corrector=self.method == "sde_heun",
                 last_step=self.last_step,
-            )[-1]
-        solve = {"euler": euler, "heun": heun, "dopri5": dopri5}[self.method]
-        return solve(field, x, grid)[-1]
+            )
+        else:
+            states = {"euler": euler, "heun": heun, "dopri5": dopri5}[self.method](field, x, grid)
+        return final(states)
 
     @property
     def _closes(self) -> bool:

@@ -80,7 +80,7 @@ def measure_slow_flow(
     start, end = times_defined(run.path, run.prediction)
     grid = time_grid(ODE_STEPS, start=start, end=end)
     times = grid[1:]
-    states = [state.cpu() for state in euler(field, x0.to(device), grid.to(device))[1:]]
+    states = [state.cpu() for state in euler(field, x0.to(device), grid.to(device))][1:]
     slowed = torch.stack([slowed_time(state, interpolant, x0=x0, x1=x1) for state in states])
 
     noise = generator(seed, "sde_noise", 0)
@@ -98,7 +98,7 @@ def measure_slow_flow(
         "share_slowed": float((slowed <= times[:, None]).double().mean()),
         "slowed_time": asdict(Quantiles.of(slowed, times)),
         "probe_ode": asdict(_lag(probe, states, times, interpolant, x0, x1)),
-        "probe_sde": asdict(_lag(probe, [s.cpu() for s in sde_states[1:]], sde_times[1:], interpolant, x0, x1)),
+        "probe_sde": asdict(_lag(probe, [s.cpu() for s in sde_states][1:], sde_times[1:], interpolant, x0, x1)),
     }
 
 

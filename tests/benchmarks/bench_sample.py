@@ -76,12 +76,8 @@ def _measure(home: Path, count: int, *, workers: int, steps: int = STEPS, beside
 
 
 def _settings(home: Path, count: int, steps: int) -> list[str]:
-    network = build(load("digits32").model).initialise(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
     path = home / "base.safetensors"
-    save_weights(network.state_dict(), path)
+    save_weights(_network().state_dict(), path)
     return [
         f"base={{checkpoint: {path}, sha256: {measure(path).sha256}}}",
         f"evaluation.samplers=[{{method: euler, num_steps: {steps}}}]",
@@ -89,6 +85,15 @@ def _settings(home: Path, count: int, steps: int) -> list[str]:
         f"evaluation.num_samples={count}",
         f"evaluation.sample_batch_size={BATCH}",
     ]
+
+
+def _network() -> torch.nn.Module:
+    """A fresh network's zero weights would cost less than a trained one's."""
+    network = build(load("digits32").model).initialise(0).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.normal_(std=0.05, generator=torch.Generator().manual_seed(0))
+    return network
 
 
 def _experiment(settings: list[str]) -> Experiment:
@@ -117,7 +122,7 @@ def _rank(rank: int, workers: int, home: Path, settings: list[str], beside: bool
 
 def _let_the_bare_loop_follow(experiment: Experiment, times: list[dict[str, float]]) -> None:
     """After each part of ours the bare loop samples as many images."""
-    network = build(experiment.model).initialise(0).eval()
+    network = _network()
     keep, last = Parts.keep, [time.perf_counter()]
 
     def keep_and_follow(self: Parts, name: str, digest: str, file: Path, about: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from toys import PATHS, GaussianFlow, normals
 
 from mixflow_core.interpolant import Interpolant
-from mixflow_core.samplers import CountedField, Diffusion, Sampler, dopri5, euler, heun, sde, time_grid
+from mixflow_core.samplers import CountedField, Diffusion, Sampler, dopri5, euler, final, heun, sde, time_grid
 
 X0 = normals(1, 50, 3)
 FLOW = GaussianFlow("linear", mean=0.7, sd=0.5)
@@ -35,7 +35,7 @@ def no_noise(k):
 def test_order_of_convergence(solve, order, path):
     flow = GaussianFlow(path, mean=0.7, sd=0.5)
     errors = [
-        float((solve(flow.field, X0, grid64(n))[-1] - flow.flow(X0, 1.0)).abs().max()) for n in (40, 80, 160, 320)
+        float((final(solve(flow.field, X0, grid64(n))) - flow.flow(X0, 1.0)).abs().max()) for n in (40, 80, 160, 320)
     ]
     orders = [math.log2(a / b) for a, b in pairwise(errors)]
     assert orders[-1] == pytest.approx(order, abs=0.06)
@@ -49,20 +49,20 @@ def test_exact_fields_lead_noise_to_the_data_distribution(solve, num_steps, tole
     for path in PATHS[:2]:
         flow = GaussianFlow(path, mean=-1.0, sd=1.5)
         torch.testing.assert_close(
-            solve(flow.field, X0, grid64(num_steps))[-1], flow.flow(X0, 1.0), rtol=0, atol=tolerance
+            final(solve(flow.field, X0, grid64(num_steps))), flow.flow(X0, 1.0), rtol=0, atol=tolerance
         )
 
 
 def test_vp_leads_to_the_data_distribution_too():
     flow = GaussianFlow("vp", mean=-1.0, sd=1.5)
     start = flow.flow(X0, 0.0)
-    torch.testing.assert_close(euler(flow.field, start, grid64(4000))[-1], flow.flow(X0, 1.0), rtol=0, atol=2e-3)
+    torch.testing.assert_close(final(euler(flow.field, start, grid64(4000))), flow.flow(X0, 1.0), rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("solve", [euler, heun, dopri5])
 def test_states_lie_at_the_times_of_the_grid(solve):
     grid = grid64(200)
-    states = solve(FLOW.field, X0, grid)
+    states = list(solve(FLOW.field, X0, grid))
     assert len(states) == 201
     for k in (0, 77, 200):
         torch.testing.assert_close(states[k], FLOW.flow(X0, float(grid[k])), rtol=0, atol=1.5e-2)
@@ -71,21 +71,21 @@ def test_states_lie_at_the_times_of_the_grid(solve):
 
 def test_backwards_from_data_to_noise():
     x1 = FLOW.flow(X0, 1.0)
-    torch.testing.assert_close(heun(FLOW.field, x1, grid64(200, start=1.0, end=0.0))[-1], X0, rtol=0, atol=1e-4)
+    torch.testing.assert_close(final(heun(FLOW.field, x1, grid64(200, start=1.0, end=0.0))), X0, rtol=0, atol=1e-4)
 
 
 def test_dopri5_answers_to_its_tolerances():
     def error(tolerance):
-        final = dopri5(FLOW.field, X0, grid64(1), atol=tolerance, rtol=tolerance)[-1]
-        return float((final - FLOW.flow(X0, 1.0)).abs().max())
+        end = final(dopri5(FLOW.field, X0, grid64(1), atol=tolerance, rtol=tolerance))
+        return float((end - FLOW.flow(X0, 1.0)).abs().max())
 
     assert error(1e-9) < 1e-7 < error(1e-2)
 
 
 def test_states_keep_the_type_of_the_start():
     for solve in (euler, heun, dopri5):
-        assert solve(FLOW.field, X0.float(), time_grid(2))[-1].dtype == torch.float32
-        assert solve(FLOW.field, X0, time_grid(2))[-1].dtype == torch.float64
+        assert final(solve(FLOW.field, X0.float(), time_grid(2))).dtype == torch.float32
+        assert final(solve(FLOW.field, X0, time_grid(2))).dtype == torch.float64
 
 
 # Time grids and counting
@@ -112,7 +112,7 @@ def test_a_shifted_grid_spends_its_steps_near_the_noise():
 def test_evaluations_are_counted(solve, per_step):
     field = CountedField(FLOW.field)
     assert field.nfe == 0
-    solve(field, X0, grid64(7))
+    final(solve(field, X0, grid64(7)))
     assert field.nfe == 7 * per_step
 
 
@@ -132,7 +132,7 @@ def test_dopri5_counts_what_it_called():
         return FLOW.field(x, t)
 
     counted = CountedField(field)
-    dopri5(counted, X0, grid64(1))
+    final(dopri5(counted, X0, grid64(1)))
     assert counted.nfe == len(calls) > 7
 
 
@@ -146,15 +146,9 @@ def simulate(flow, form, *, num_steps, corrector=False, last_step="none", start=
     grid = grid64(num_steps, start=start, end=end)
     noise = lambda k: torch.from_numpy(numbers.standard_normal((n, 1)))  # noqa: E731
     interpolant = Interpolant(flow.path)
-    return sde(
-        flow.field,
-        x,
-        grid,
-        interpolant,
-        noise,
-        diffusion=Diffusion(form, norm),
-        corrector=corrector,
-        last_step=last_step,
+    diffusion = Diffusion(form, norm)
+    return list(
+        sde(flow.field, x, grid, interpolant, noise, diffusion=diffusion, corrector=corrector, last_step=last_step)
     )
 
 
@@ -176,8 +170,8 @@ def test_every_diffusion_keeps_the_marginals(path, form, corrector):
 def test_more_diffusion_keeps_the_marginals_too():
     flow = GaussianFlow("linear", mean=0.7, sd=0.5)
     for norm in (0.0, 0.3, 2.0):
-        final = simulate(flow, "sigma", num_steps=300, end=0.96, norm=norm)[-1]
-        assert float(final.std()) == pytest.approx(flow.marginal(0.96)[1], rel=0.03)
+        end = simulate(flow, "sigma", num_steps=300, end=0.96, norm=norm)[-1]
+        assert float(end.std()) == pytest.approx(flow.marginal(0.96)[1], rel=0.03)
 
 
 def test_without_diffusion_the_sde_is_the_ode():
@@ -194,8 +188,9 @@ def test_without_diffusion_the_sde_is_the_ode():
 def test_last_steps(path):
     flow, interpolant = GaussianFlow(path, mean=0.7, sd=0.5), Interpolant(path)
     mean, sd = flow.marginal(float(np.float32(0.96)))
+    noise = lambda k: normals(k, *X0.shape)  # noqa: E731
     runs = {
-        last: sde(flow.field, X0, grid64(5, end=0.96), interpolant, lambda k: normals(k, *X0.shape), last_step=last)
+        last: list(sde(flow.field, X0, grid64(5, end=0.96), interpolant, noise, last_step=last))
         for last in ("none", "mean", "euler", "tweedie")
     }
     assert [len(states) for states in runs.values()] == [6, 7, 7, 7]
@@ -222,7 +217,7 @@ def test_one_step_of_the_sde_is_the_formula():
     expected = X0 + h * (velocity - w * (X0 - mean) / sd**2) + math.sqrt(2 * w * h) * noise
     diffusion = Diffusion("linear", 2.0)
     states = sde(FLOW.field, X0, grid, Interpolant("linear"), lambda k: noise, diffusion=diffusion, last_step="none")
-    torch.testing.assert_close(states[-1], expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(final(states), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -248,11 +243,11 @@ def test_sde_noise_is_asked_for_once_a_noisy_step_in_order():
         return normals(k, *X0.shape)
 
     field = CountedField(FLOW.field)
-    sde(field, X0, grid64(4, end=0.96), Interpolant("linear"), noise)
+    final(sde(field, X0, grid64(4, end=0.96), Interpolant("linear"), noise))
     assert asked == [0, 1, 2, 3]
     assert field.nfe == 5
     field = CountedField(FLOW.field)
-    sde(field, X0, grid64(4, end=0.96), Interpolant("linear"), noise, corrector=True, last_step="none")
+    final(sde(field, X0, grid64(4, end=0.96), Interpolant("linear"), noise, corrector=True, last_step="none"))
     assert field.nfe == 8
 
 
@@ -280,12 +275,12 @@ def test_a_sampler_spends_what_it_says(sampler, nfe):
 def test_samplers_run_their_method_on_their_grid():
     linear = Interpolant("linear")
     runs = {
-        Sampler("euler", 6): euler(FLOW.field, X0, time_grid(6))[-1],
-        Sampler("euler", 6, shift=3.0): euler(FLOW.field, X0, time_grid(6, shift=3.0))[-1],
-        Sampler("heun", 6): heun(FLOW.field, X0, time_grid(6))[-1],
-        Sampler("dopri5", 1): dopri5(FLOW.field, X0, time_grid(1))[-1],
-        Sampler("euler", 6, start=0.001, end=0.999): euler(FLOW.field, X0, time_grid(6, start=0.001, end=0.999))[-1],
-        Sampler("euler", 6, end=0.999, shift=6.93): euler(FLOW.field, X0, time_grid(6, end=0.999, shift=6.93))[-1],
+        Sampler("euler", 6): final(euler(FLOW.field, X0, time_grid(6))),
+        Sampler("euler", 6, shift=3.0): final(euler(FLOW.field, X0, time_grid(6, shift=3.0))),
+        Sampler("heun", 6): final(heun(FLOW.field, X0, time_grid(6))),
+        Sampler("dopri5", 1): final(dopri5(FLOW.field, X0, time_grid(1))),
+        Sampler("euler", 6, start=0.001, end=0.999): final(euler(FLOW.field, X0, time_grid(6, start=0.001, end=0.999))),
+        Sampler("euler", 6, end=0.999, shift=6.93): final(euler(FLOW.field, X0, time_grid(6, end=0.999, shift=6.93))),
     }
     for sampler, expected in runs.items():
         assert torch.equal(sampler.run(FLOW.field, X0, linear, no_noise), expected)
@@ -293,13 +288,15 @@ def test_samplers_run_their_method_on_their_grid():
     stochastic = sde(
         FLOW.field, X0, time_grid(5, end=0.96), linear, noise, diffusion=Diffusion("sigma"), last_step="mean"
     )
-    assert torch.equal(Sampler("sde", 6).run(FLOW.field, X0, linear, noise), stochastic[-1])
+    assert torch.equal(Sampler("sde", 6).run(FLOW.field, X0, linear, noise), final(stochastic))
     settings = {"diffusion": Diffusion("linear"), "corrector": True, "last_step": "tweedie"}
     stochastic = sde(FLOW.field, X0, time_grid(5, start=0.1, end=0.9), linear, noise, **settings)
     sampler = Sampler("sde_heun", 6, start=0.1, diffusion="linear", last_step="tweedie", last_step_size=0.1)
-    assert torch.equal(sampler.run(FLOW.field, X0, linear, noise), stochastic[-1])
+    assert torch.equal(sampler.run(FLOW.field, X0, linear, noise), final(stochastic))
     stochastic = sde(FLOW.field, X0, time_grid(6, end=0.95), linear, noise, last_step="none")
-    assert torch.equal(Sampler("sde", 6, end=0.95, last_step="none").run(FLOW.field, X0, linear, noise), stochastic[-1])
+    assert torch.equal(
+        Sampler("sde", 6, end=0.95, last_step="none").run(FLOW.field, X0, linear, noise), final(stochastic)
+    )
 
 
 @pytest.mark.parametrize(
@@ -424,4 +421,4 @@ def test_misspelt_choices_of_the_sde_are_refused():
     with pytest.raises(ValueError, match="form must be one of"):
         Diffusion("increasing-decreasing")  # type: ignore[arg-type]  # the point of the test
     with pytest.raises(ValueError, match="last_step must be one of"):
-        sde(FLOW.field, X0, grid64(2), Interpolant("linear"), no_noise, last_step="Mean")  # type: ignore[arg-type]
+        next(sde(FLOW.field, X0, grid64(2), Interpolant("linear"), no_noise, last_step="Mean"))  # type: ignore[arg-type]

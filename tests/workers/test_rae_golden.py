@@ -299,7 +299,7 @@ def check_ode(case: Case) -> None:
     field = CountedField(recorder)
     options = {"atol": params["atol"], "rtol": params["rtol"]} if params["method"] == "dopri5" else {}
     with torch.no_grad():
-        states = solve(field, case.given["z"], grid, **options)
+        states = list(solve(field, case.given["z"], grid, **options))
     assert field.nfe == params["nfe"]
     # The error estimate of the adaptive solver's first steps is nothing but rounding, and its step sizes follow it.
     adaptive = params["method"] == "dopri5"
@@ -313,16 +313,18 @@ def check_sde(case: Case) -> None:
     recorder = Recorder(published_field(case))
 
     def steps(x, grid, last_step):
-        return sde(
+        diffusion, corrector = Diffusion(params["diffusion_form"]), params["method"] == "heun"
+        states = sde(
             recorder,
             x,
             grid,
             case.interpolant,
             lambda k: noise[k],
-            diffusion=Diffusion(params["diffusion_form"]),
-            corrector=params["method"] == "heun",
+            diffusion=diffusion,
+            corrector=corrector,
             last_step=last_step,
         )
+        return list(states)
 
     end = 1 - params["last_step_size"]
     with torch.no_grad():

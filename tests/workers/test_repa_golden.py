@@ -17,7 +17,7 @@ from mixflow_core.guidance import classifier_free
 from mixflow_core.interpolant import Interpolant
 from mixflow_core.loss import alignment_loss, per_sample_loss
 from mixflow_core.mixture import SlowedMixture, TimePair, TrainingPair
-from mixflow_core.samplers import Diffusion, euler, heun, sde, time_grid
+from mixflow_core.samplers import Diffusion, euler, final, heun, sde, time_grid
 from workers.models.sit import SiT, SiTConfig, drop_labels, position_table
 
 GOLDEN = {family: golden(family) for family in ("repa", "repa_qk")}
@@ -178,15 +178,15 @@ def check_repa_ode(case: Case) -> None:
     field, grid = guided(case, low, high), time_grid(params["num_steps"]).double()
     with torch.no_grad():
         if not params.get("heun"):
-            states = euler(field, z, grid)
+            end = final(euler(field, z, grid))
         else:
             # Its corrector looks at the step's start to decide on guidance, and its last step has none.
             unguided = guided(case, 2.0, 3.0)
             first = 1 if high < 1 else 0
-            states = heun(unguided, z, grid[: first + 1]) if first else [z]
-            states = heun(field, states[-1], grid[first:-1])
-            states = euler(field, states[-1], grid[-2:])
-    close(states[-1], case.expected["final"].double())
+            state = final(heun(unguided, z, grid[: first + 1]))
+            state = final(heun(field, state, grid[first:-1]))
+            end = final(euler(field, state, grid[-2:]))
+    close(end, case.expected["final"].double())
 
 
 def check_repa_sde(case: Case) -> None:
@@ -197,7 +197,8 @@ def check_repa_sde(case: Case) -> None:
         states = sde(
             field, case.given["z"].double(), grid, case.interpolant, lambda k: noise[k], diffusion=Diffusion("linear")
         )
-    close(states[-1], case.expected["final"].double(), 2e-5)
+        end = final(states)
+    close(end, case.expected["final"].double(), 2e-5)
 
 
 CHECKS = {

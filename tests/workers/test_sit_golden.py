@@ -243,7 +243,7 @@ def check_ode(case: Case) -> None:
     field = CountedField(velocity_field(recorder, case.interpolant, params["prediction"]))
     options = {"atol": params["atol"], "rtol": params["rtol"]} if params["method"] == "dopri5" else {}
     with torch.no_grad():
-        states = solve(field, case.given["z"], grid, **options)
+        states = list(solve(field, case.given["z"], grid, **options))
     assert field.nfe == params["nfe"]
     # The error estimate of the adaptive solver's first steps is nothing but rounding, and its step sizes follow it.
     rtol = 2e-2 if params["method"] == "dopri5" else 1e-6
@@ -258,15 +258,17 @@ def check_sde(case: Case) -> None:
     torch.testing.assert_close(grid, case.given["t_grid"], rtol=0, atol=1e-7)
     recorder = Recorder(lambda x, t: case.model(x, t, case.given["y"]))
     with torch.no_grad():
-        states = sde(
-            velocity_field(recorder, case.interpolant, params["prediction"]),
-            case.given["z"],
-            grid,
-            case.interpolant,
-            lambda k: noise[k],
-            diffusion=Diffusion(params["diffusion_form"].lower(), params["diffusion_norm"]),
-            corrector=params["method"] == "Heun",
-            last_step=(params["last_step"] or "none").lower(),
+        states = list(
+            sde(
+                velocity_field(recorder, case.interpolant, params["prediction"]),
+                case.given["z"],
+                grid,
+                case.interpolant,
+                lambda k: noise[k],
+                diffusion=Diffusion(params["diffusion_form"].lower(), params["diffusion_norm"]),
+                corrector=params["method"] == "Heun",
+                last_step=(params["last_step"] or "none").lower(),
+            )
         )
     if params["last_step"] is None:
         states.append(states[-1])  # SiT returns the last state twice
