@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -86,6 +87,19 @@ def test_states_keep_the_type_of_the_start():
     for solve in (euler, heun, dopri5):
         assert final(solve(FLOW.field, X0.float(), time_grid(2))).dtype == torch.float32
         assert final(solve(FLOW.field, X0, time_grid(2))).dtype == torch.float64
+
+
+@pytest.mark.parametrize("sampler", [Sampler("euler", 50), Sampler("heun", 50), Sampler("sde", 50)])
+def test_many_steps_hold_few_states(sampler):
+    seen = []
+
+    def field(x, t):
+        seen.append(weakref.ref(x))
+        assert sum(state() is not None for state in seen) <= 4
+        return FLOW.field(x, t)
+
+    sampler.run(field, X0, Interpolant("linear"), lambda k: normals(k, *X0.shape))
+    assert len(seen) >= 50
 
 
 # Time grids and counting
