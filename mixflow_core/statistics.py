@@ -47,11 +47,6 @@ def student_interval(values: Sequence[float], *, confidence: float = 0.95) -> In
     return Interval(mean, mean - half, mean + half, sd, n)
 
 
-def paired_interval(a: Sequence[float], b: Sequence[float], *, confidence: float = 0.95) -> Interval:
-    """Student's t interval of the mean of a[k] - b[k], where k is the replicate that both share."""
-    return student_interval([x - y for x, y in zip(a, b, strict=True)], confidence=confidence)
-
-
 def nested_interval(values: Sequence[Sequence[float]], *, confidence: float = 0.95) -> Interval:
     """Student's t interval of paired differences, `values[b][k]` that of base b and training seed k.
 

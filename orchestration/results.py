@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from mixflow_core.statistics import variance_parts
 from orchestration.differences import agreement, difference, recall_beside, spread
 from orchestration.experiment import Experiment
 from orchestration.sections import Claim
@@ -35,11 +37,6 @@ class Verdict:
 
     verdict: str
     reasons: tuple[str, ...]
-
-
-def read_metrics(workspace: Workspace) -> dict[str, Values]:
-    """Every arm's metrics: arm -> metric -> cell -> values by replicate."""
-    return {arm: _values(replicates) for arm, replicates in read_replicates(workspace).items()}
 
 
 def read_replicates(workspace: Workspace) -> dict[str, list[Replicate]]:
@@ -110,6 +107,7 @@ def summarise(workspace: Workspace) -> dict[str, Any]:
                 lambda m, c, v, r=replicates[arm]: {
                     **spread(by_base(v, seeds)),
                     "values": v,
+                    "seeds_sd": _seeds_sd(by_base(v, seeds)),
                     "within_sd": _within_sd(r, c, m),
                 },
             ),
@@ -239,6 +237,13 @@ def _values(replicates: Sequence[Replicate]) -> Values:
             if metric not in BESIDE:
                 found.setdefault(metric, {})[cell] = [r[cell][metric] for r in replicates if cell in r]
     return found
+
+
+def _seeds_sd(values: Sequence[Sequence[float]]) -> float | None:
+    """Between the seeds of a base, where there are several bases: without them that is the interval's own sd."""
+    if len(values) == 1 or max(map(len, values)) == 1:
+        return None
+    return math.sqrt(variance_parts(values).within)
 
 
 def _within_sd(replicates: Sequence[Replicate], cell: str, metric: str) -> float | None:

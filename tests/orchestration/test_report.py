@@ -203,6 +203,15 @@ def test_both_sources_of_variation_are_shown(enriched, written):
     assert "within a seed " not in written[0].text
 
 
+def test_with_several_bases_their_variation_is_named(tmp_path, written):
+    summary = copy.deepcopy(written[1])
+    for arm in summary["arms"].values():
+        arm["metrics"]["euler20/s1"]["fd_digits"] |= {"sd": 0.25, "seeds_sd": 0.125, "within_sd": 0.0625}
+    write_report(written[3].workspace, summary, tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    assert "sd over bases, over seeds of a base, within a seed 0.2500, 0.1250, 0.0625" in page.text
+
+
 def test_recall_and_full_resolution_stand_beside_a_feature_distance(enriched, written):
     assert "recall_digits, fd_patches 0.3125, 77.00" in enriched.text
     recall, pixels = (

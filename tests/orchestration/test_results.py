@@ -15,7 +15,6 @@ from orchestration.results import (
     format_interval,
     judge,
     protocol,
-    read_metrics,
     summarise,
 )
 from orchestration.storage import open_storage
@@ -254,14 +253,6 @@ def summary(fabricated: Fabricated) -> dict[str, Any]:
 
 def of(arm: str, cell: str, metric: str) -> list[float]:
     return [metric_value(arm, k, cell, metric) for k in range(4)]
-
-
-def test_metrics_are_read_by_arm_metric_cell_and_replicate(fabricated):
-    found = read_metrics(fabricated.workspace)
-    for arm in ARM_LEVELS:
-        for metric in METRICS:
-            for cell in CELLS:
-                assert found[arm][metric][cell] == of(arm, cell, metric)
 
 
 def test_every_mean_has_scipys_interval(summary):

@@ -148,6 +148,16 @@ def test_with_several_bases_intervals_are_over_their_means(several):
     assert several["bases"] == 3
 
 
+def test_beside_the_variation_over_bases_stands_that_over_seeds(several):
+    by_cell = several["arms"]["standard"]["metrics"]
+    pooled = np.sqrt(LUCK.reshape(3, 2).var(1, ddof=1).mean())
+    assert by_cell["euler20/s1"]["fd_digits"]["seeds_sd"] == pytest.approx(pooled)
+    assert by_cell["euler20/s1"]["fd_digits"]["sd"] == pytest.approx(LUCK.reshape(3, 2).mean(1).std(ddof=1))
+    assert by_cell["heun4/s1.5"]["fd_digits"]["seeds_sd"] is None, (
+        "of one base the interval's own sd is that over seeds"
+    )
+
+
 def test_a_cell_of_the_first_base_alone_speaks_of_its_seeds(several):
     found = several["arms"]["mixflow"]["differences"]["standard"]["heun4/s1.5"]["fd_digits"]
     pairs = ARM_LEVELS["mixflow"] - ARM_LEVELS["standard"] + SLOWED[:2]
