@@ -143,8 +143,8 @@ def _samples(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[
     experiment, settings = site.workspace.experiment, stage.settings
     run, decode = experiment.sampling_run(), _decoder(site)
     model, guide = _model(site, inputs, run), _guide(site, inputs)
-    path = site.agree(site.workspace.parts(stage.name) if site.rank == 0 else None)
-    digest = path.path.rpartition("/")[2]  # the stage's identity
+    parts = site.agree(site.workspace.parts(stage.name) if site.rank == 0 else None)
+    digest = parts.path.rpartition("/")[2]  # the stage's identity
     shape = experiment.image_shape
     work = [
         (cell_file(what.sampler.name), what, number, batches)
@@ -155,18 +155,18 @@ def _samples(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[
     for place in site.share(len(work)):
         cell, what, number, batches = work[place]
         name = part_name(cell, number)
-        record, why_again = path.finished(name, digest)
+        record, why_again = parts.finished(name, digest)
         if why_again:
             log.warning("%s of %s is sampled again: %s", name, stage.name, why_again)
-        sheet = path.finished(f"{cell}.png", digest)[0] if number == 0 else None
+        sheet = parts.finished(f"{cell}.png", digest)[0] if number == 0 else None
         if record is None or (number == 0 and sheet is None):
             done = [sample_batch(model, run, what, n, site.device, guide=guide, decode=decode) for n in batches]
             pixels, labels = torch.cat([s.pixels for s in done]), torch.cat([s.labels for s in done])
             if number == 0:  # before the part's record, so that it is there when the part is
-                sheet = path.keep(f"{cell}.png", digest, _grid(pixels, directory / f"{cell}.png"), {"evaluations": 0})
+                sheet = parts.keep(f"{cell}.png", digest, _grid(pixels, directory / f"{cell}.png"), {"evaluations": 0})
             write_part(directory / name, pixels, labels)
             evaluations = sum(s.nfe * len(s.labels) for s in done)
-            record = path.keep(name, digest, directory / name, {"evaluations": evaluations})
+            record = parts.keep(name, digest, directory / name, {"evaluations": evaluations})
             (directory / name).unlink()
         mine[name] = record
         if sheet is not None:
