@@ -22,8 +22,8 @@ from orchestration.launch import RunFailedError
 from orchestration.parts import Parts
 from orchestration.storage import Storage
 from workers.codecs import CodecConfig
-from workers.data import CAPTIONS, Split, Statistics, shard_path, write_statistics
-from workers.encode import TRANSFORM, Encoder, Images, Plan, Recipe, Shard, encode_captions, plan_encoding
+from workers.data import Split, Statistics, captions_path, shard_path, write_statistics
+from workers.encode import TRANSFORM, Encoder, Images, Plan, Recipe, Shard, plan_encoding
 from workers.manifest import Manifest, canonical_hash
 from workers.sources import Place
 
@@ -109,16 +109,14 @@ def encode(
 
 
 def _run(plan: Plan, task: Task, num_workers: int, cpus: float, gpus: int) -> Any:
-    """The workers' answers as they come; the captions, if any, are the first piece of work."""
+    """The workers' answers as they come."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext
 
     context = DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # what it says of errors is raised below
-    identity = plan.recipe.identity
-    pieces = [_piece(identity, CAPTIONS, captions=plan.captions)] if plan.captions else []
-    pieces += [_piece(identity, _name(shard), shard=shard) for shard in plan.shards]
+    pieces = _pieces(plan)
     # One piece a block, so that its answer comes when it is done.
     dataset = ray.data.from_items([{"piece": piece} for piece in pieces], override_num_blocks=len(pieces))
     with warnings.catch_warnings():
@@ -144,6 +142,16 @@ def _run(plan: Plan, task: Task, num_workers: int, cpus: float, gpus: int) -> An
         raise RunFailedError(f"encoding failed: {reason}; the same command goes on where it stopped") from error
     finally:
         rows.close()
+
+
+def _pieces(plan: Plan) -> list[bytes]:
+    """All work, the captions first, for which each worker holds text encoders beside its other models."""
+    identity = plan.recipe.identity
+    captions = {captions_path(Path(), number).name: part for number, part in enumerate(plan.caption_parts)}
+    return [
+        *(_piece(identity, name, captions=part) for name, part in captions.items()),
+        *(_piece(identity, _name(shard), shard=shard) for shard in plan.shards),
+    ]
 
 
 def _piece(identity: Mapping[str, Any], name: str, **work: Any) -> bytes:
@@ -295,7 +303,7 @@ class Worker:
 
     def _encode(self, piece: Mapping[str, Any], directory: Path) -> dict[str, Any]:
         if "captions" in piece:
-            encode_captions(self.encoder.recipe.settings, piece["captions"], directory, self.encoder.device)
+            self.encoder.encode_captions(piece["captions"], directory / piece["name"])
             return {"statistics": None, "unreadable": []}
         split, number, places, labels = piece["shard"]
         encoded = self.encoder.encode(

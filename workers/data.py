@@ -21,14 +21,15 @@ import torch
 from torch import Tensor
 
 from mixflow_core.rng import generator, shard_position
+from workers.columns import as_column, describe_column, from_column, write_table
 from workers.config import RunConfig
 from workers.manifest import MANIFEST, Manifest
 from workers.models.sit import drop_labels
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
-CAPTIONS = "captions.parquet"
+CAPTIONS_A_FILE = 256  # embeddings of SD3.5 are 2.6 MiB each
 ARRAYS = ("images", "labels", "features", "pixels")
 
 
@@ -200,24 +201,23 @@ def write_shard(part: ImageSet, path: Path, *, num_classes: int) -> None:
         "schema_version": SCHEMA_VERSION,
         "num_classes": num_classes,
         "codec": part.codec,
-        "columns": {name: {"shape": values.shape[1:], "dtype": str(values.dtype)} for name, values in given.items()},
+        "columns": {name: describe_column(values) for name, values in given.items()},
     }
-    arrays = {name: _column(values) for name, values in given.items()}
-    table = pa.table({**arrays, "label": pa.array(part.labels, pa.int64())})
-    pq.write_table(table.replace_schema_metadata({"mixflow": json.dumps(about)}), path)
+    arrays = {name: as_column(values) for name, values in given.items()}
+    write_table({**arrays, "label": pa.array(part.labels, pa.int64())}, path, {"mixflow": json.dumps(about)})
 
 
-def _column(values: np.ndarray) -> pa.Array:
-    """(N, ...) as a fixed-size list a row."""
-    return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), int(np.prod(values.shape[1:])))
+def captions_path(directory: Path, number: int) -> Path:
+    """Where a file of captions lies, beside the shards; labels are the captions' rows in the order of the files."""
+    return directory / f"captions-{number:05d}.parquet"
 
 
-def write_captions(table: CaptionTable, directory: Path) -> None:
-    """The captions of a set beside its shards; labels are their rows."""
-    about = {"text": table.text.shape[1:], "pooled": table.pooled.shape[1:]}
-    columns = {"caption": pa.array(table.captions), "text": _column(table.text), "pooled": _column(table.pooled)}
-    content = pa.table(columns).replace_schema_metadata({"mixflow": json.dumps(about)})
-    pq.write_table(content, directory / CAPTIONS)
+def write_captions(part: CaptionTable, path: Path) -> None:
+    """One file of captions, whose bytes depend on its content alone."""
+    given = {"text": part.text, "pooled": part.pooled}
+    about = {"schema_version": SCHEMA_VERSION, **{name: describe_column(values) for name, values in given.items()}}
+    arrays = {name: as_column(values) for name, values in given.items()}
+    write_table({"caption": pa.array(part.captions, pa.string()), **arrays}, path, {"mixflow": json.dumps(about)})
 
 
 @dataclass(frozen=True)
@@ -275,25 +275,24 @@ def read_shards(directory: Path, split: Split) -> Iterator[tuple[ImageSet, int]]
 
     Raises:
         ValueError: a shard is unreadable, of another schema, shape or codec than the first, holds a value that is not
-            finite or a label outside its classes; the message names the shard.
+            finite or a label outside its classes; the message names the shard. Captions are counted, not read.
     """
     paths = sorted(directory.glob(f"{split}-*.parquet"))
     if not paths:
         raise ValueError(f"data must hold {split}-*.parquet, got none in {directory}; write it with write_shards")
-    captions = read_captions(directory)
-    first = None
+    num_captions, first = _count_captions(directory), None
     for path in paths:
         part, num_classes = _read_shard(path)
-        if captions and num_classes != len(captions.captions) - 1:
+        if num_captions and num_classes != num_captions - 1:
             raise ValueError(
-                f"data shard {path} must be of the {len(captions.captions) - 1} captions with embeddings in "
-                f"{CAPTIONS}, got {num_classes} captions; encode them together"
+                f"data shard {path} must be of the {num_captions - 1} captions with embeddings beside it, got "
+                f"{num_classes} captions; encode them together"
             )
         kind = (part.shape, part.images.dtype, num_classes, part.codec, part.features is None, part.pixels is None)
         first = first or kind
         if kind != first:
             raise ValueError(f"data shards must all have one shape, codec and number of classes; {path.name} differs")
-        yield part._replace(captions=captions), num_classes
+        yield part, num_classes
 
 
 def facts_of(directory: Path, split: Split) -> dict[str, Any]:
@@ -320,41 +319,56 @@ def facts_of(directory: Path, split: Split) -> dict[str, Any]:
                 "num_classes": num_classes,
                 "features": None if part.features is None else list(part.features.shape[1:]),
                 "image_size": None if seen is None else seen.shape[-1],
-                "has_captions": part.captions is not None,
+                "has_captions": _count_captions(directory) > 0,
             }
         present[part.labels] = True
         count += len(part.labels)
+    if split == SPLITS[0]:
+        for _ in read_captions(directory):  # checked once, as they serve all splits
+            pass
     return {**facts, "num_images": count, "absent_class": None if present.all() else int(present.argmin())}
 
 
-def read_captions(directory: Path) -> CaptionTable | None:
-    """The captions beside the shards; None for a set with class labels.
+def read_captions(directory: Path) -> Iterator[CaptionTable]:
+    """The captions beside the shards, file by file; nothing for a set with class labels.
 
     Raises:
-        ValueError: the file is unreadable, or an embedding is not finite.
+        ValueError: a file is unreadable, or an embedding is not finite.
     """
-    path = directory / CAPTIONS
-    if not path.exists():
-        return None
+    for path in _caption_paths(directory):
+        try:
+            table = pq.read_table(path)
+            about = json.loads(table.schema.metadata[b"mixflow"])
+            _require_version(path, about["schema_version"])
+            text, pooled = (from_column(table, name, about[name]) for name in ("text", "pooled"))
+            captions = table["caption"].to_pylist()
+        except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} must be a Parquet file of caption embeddings; {error}") from error
+        for name, values in (("text", text), ("pooled", pooled)):
+            finite = np.isfinite(values).reshape(len(values), -1).all(1)
+            if not finite.all():
+                row = int(finite.argmin())
+                raise ValueError(
+                    f"{path}: {name} embeddings must be finite, got others for {captions[row]!r} in row {row}"
+                )
+        yield CaptionTable(text, pooled, captions)
+
+
+def _caption_paths(directory: Path) -> list[Path]:
+    return sorted(directory.glob("captions-*.parquet"))
+
+
+def _count_captions(directory: Path) -> int:
+    """Captions beside the shards, the empty one included."""
     try:
-        table = pq.read_table(path)
-        about = json.loads(table.schema.metadata[b"mixflow"])
-        text, pooled = (_values(table, name, about[name]) for name in ("text", "pooled"))
-        captions = table["caption"].to_pylist()
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} must be a Parquet file of caption embeddings; {error}") from error
-    for name, values in (("text", text), ("pooled", pooled)):
-        finite = np.isfinite(values).reshape(len(values), -1).all(1)
-        if not finite.all():
-            row = int(finite.argmin())
-            raise ValueError(f"{path}: {name} embeddings must be finite, got others for {captions[row]!r} in row {row}")
-    return CaptionTable(text, pooled, captions)
+        return sum(pq.read_metadata(path).num_rows for path in _caption_paths(directory))
+    except (OSError, pa.ArrowException) as error:
+        raise ValueError(f"{directory} must hold readable files of caption embeddings; {error}") from error
 
 
-def _values(table: pa.Table, name: str, shape: Sequence[int]) -> np.ndarray:
-    """A column of fixed-size lists as an array (N, *shape); a missing value reads as NaN."""
-    flat = table[name].combine_chunks().flatten().to_numpy(zero_copy_only=False)
-    return np.asarray(flat.reshape(table.num_rows, *shape))
+def _require_version(path: Path, version: int) -> None:
+    if version != SCHEMA_VERSION:
+        raise ValueError(f"{path} must have schema version {SCHEMA_VERSION}, got {version}; write it anew")
 
 
 def _read_shard(path: Path) -> tuple[ImageSet, int]:
@@ -364,7 +378,7 @@ def _read_shard(path: Path) -> tuple[ImageSet, int]:
         version, num_classes = about["schema_version"], about["num_classes"]
         if version == SCHEMA_VERSION:
             columns = about["columns"]
-            values = {name: _values(table, name, column["shape"]) for name, column in columns.items()}
+            values = {name: from_column(table, name, column) for name, column in columns.items()}
             if not pa.types.is_integer(table["label"].type):
                 raise TypeError(f"label must be a column of integers, got {table['label'].type}")
             labels = table["label"].cast(pa.int64()).fill_null(-1).to_numpy()  # a missing label is none of the classes
@@ -383,8 +397,7 @@ def _read_shard(path: Path) -> tuple[ImageSet, int]:
             raise ValueError(
                 f"data shard {path}: {name} values must be finite, got NaN or infinity in row {finite.argmin()}"
             )
-    kept = {name: array.astype(columns[name]["dtype"], copy=False) for name, array in values.items()}
-    return ImageSet(kept["image"], labels, about["codec"], kept.get("features"), kept.get("pixels")), num_classes
+    return ImageSet(values["image"], labels, about["codec"], values.get("features"), values.get("pixels")), num_classes
 
 
 def open_shards(directory: Path, manifest: Manifest, cache: Path) -> dict[Split, ImageSet]:
@@ -402,6 +415,7 @@ def open_shards(directory: Path, manifest: Manifest, cache: Path) -> dict[Split,
             scratch = Path(tempfile.mkdtemp(dir=cache, prefix=".unpacking-"))
             for split in SPLITS:
                 _unpack(directory, split, scratch)
+            _unpack_captions(directory, scratch)
             (scratch / MANIFEST).write_text(Manifest.describe(scratch, {}).to_json())
             os.replace(scratch, home)
     captions = None
@@ -429,12 +443,26 @@ def _unpack(directory: Path, split: Split, scratch: Path) -> None:
             maps[name][start : start + len(values)] = values
         start += len(part.labels)
     (scratch / f"{split}.json").write_text(json.dumps(part.codec))
-    if part.captions:
-        np.save(scratch / "text.npy", part.captions.text)
-        np.save(scratch / "pooled.npy", part.captions.pooled)
-        (scratch / "captions.json").write_text(json.dumps(part.captions.captions))
     for array in maps.values():
         array.flush()  # type: ignore[attr-defined]
+
+
+def _unpack_captions(directory: Path, scratch: Path) -> None:
+    """One file at a time, as with the shards."""
+    total, names = _count_captions(directory), list[str]()
+    maps: dict[str, np.ndarray] = {}
+    for part in read_captions(directory):
+        for name, values in (("text", part.text), ("pooled", part.pooled)):
+            if name not in maps:
+                shape = (total, *values.shape[1:])
+                file = scratch / f"{name}.npy"
+                maps[name] = np.lib.format.open_memmap(file, mode="w+", dtype=values.dtype, shape=shape)
+            maps[name][len(names) : len(names) + len(values)] = values
+        names += part.captions
+    for array in maps.values():
+        array.flush()  # type: ignore[attr-defined]
+    if names:
+        (scratch / "captions.json").write_text(json.dumps(names))
 
 
 def _mapped(home: Path, split: Split, captions: CaptionTable | None) -> ImageSet:

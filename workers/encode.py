@@ -24,6 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mixflow_core.rng import generator
+from workers import data
 from workers.codecs import (
     Codec,
     CodecConfig,
@@ -143,6 +144,12 @@ class Plan(NamedTuple):
             found[shard.split] += len(shard.places) * len(self.recipe.mirrors(shard.split))
         return found
 
+    @property
+    def caption_parts(self) -> list[list[str]]:
+        """The captions by file, the empty one as the last row of the last; none for class labels."""
+        rows = [*self.captions, ""] if self.captions else []
+        return [rows[start : start + data.CAPTIONS_A_FILE] for start in range(0, len(rows), data.CAPTIONS_A_FILE)]
+
 
 class Unreadable(NamedTuple):
     """An image that could not be decoded, and why."""
@@ -247,6 +254,32 @@ class Encoder:
             return None
         return open_dinov2(settings.features, settings.features_sha256, self.recipe.codec.image_size, self.device)
 
+    @cached_property
+    def text(self) -> TextEncoders:
+        """The encoders of captions, loaded and checked."""
+        assert self.recipe.settings.text_encoders, "captions are listed for text encoders alone"
+        return TextEncoders(Path(self.recipe.settings.text_encoders))
+
+    def encode_captions(self, captions: Sequence[str], path: Path) -> None:
+        """Writes the embeddings of captions to one file.
+
+        Raises:
+            ValueError: the text encoders cannot be read.
+            FloatingPointError: an embedding is not finite in float16.
+        """
+        text, pooled, size = list[np.ndarray](), list[np.ndarray](), self.recipe.settings.batch_size
+        with _one_thread():
+            for start in range(0, len(captions), size):
+                batch = captions[start : start + size]
+                for found, kept in zip(self.text.encode(batch, self.device), (text, pooled), strict=True):
+                    values = found.to(torch.float16)
+                    finite = torch.isfinite(values).flatten(1).all(1)
+                    if not finite.all():
+                        bad = batch[int(finite.int().argmin())]
+                        raise FloatingPointError(f"embeddings must be finite in float16, but those of {bad!r} are not")
+                    kept.append(values.cpu().numpy())
+        write_captions(CaptionTable(np.concatenate(text), np.concatenate(pooled), list(captions)), path)
+
     def encode(self, shard: Shard, path: Path) -> Encoded:
         """Writes one shard to the Parquet file `path`.
 
@@ -339,29 +372,3 @@ def _one_thread() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-# --------------------------------------------------------------------------------------------------------- captions
-
-
-def encode_captions(settings: Images, captions: Sequence[str], directory: Path, device: torch.device) -> None:
-    """Writes the embeddings of the captions, and of the empty one as the last row, into a directory.
-
-    Raises:
-        ValueError: the text encoders cannot be read.
-        FloatingPointError: an embedding is not finite in float16.
-    """
-    assert settings.text_encoders, "captions are listed for text encoders alone"
-    encoders: Any = TextEncoders(Path(settings.text_encoders))
-    rows, text, pooled = [*captions, ""], list[np.ndarray](), list[np.ndarray]()
-    with _one_thread():
-        for start in range(0, len(rows), settings.batch_size):
-            batch = rows[start : start + settings.batch_size]
-            for found, kept in zip(encoders.encode(batch, device), (text, pooled), strict=True):
-                values = found.to(torch.float16)
-                finite = torch.isfinite(values).flatten(1).all(1)
-                if not finite.all():
-                    bad = batch[int(finite.int().argmin())]
-                    raise FloatingPointError(f"embeddings must be finite in float16, but those of {bad!r} are not")
-                kept.append(values.cpu().numpy())
-    write_captions(CaptionTable(np.concatenate(text), np.concatenate(pooled), rows), directory)

@@ -21,6 +21,7 @@ from mixflow_core.interpolant import Interpolant
 from mixflow_core.loss import velocity_field
 from mixflow_core.rng import generator
 from mixflow_core.samplers import CountedField, Field, Sampler
+from workers.columns import as_column, describe_column, from_column, write_table
 from workers.config import RunConfig
 from workers.data import to_pixels
 
@@ -173,9 +174,8 @@ def _with_labels(model: ConditionalModel, y: Tensor, x: Tensor, t: Tensor) -> Te
 
 def write_part(path: Path, pixels: Tensor, labels: Tensor) -> None:
     """Writes a part as Parquet, whose bytes depend on its content alone: columns `image` and `label`."""
-    flat = pa.FixedSizeListArray.from_arrays(pa.array(pixels.numpy().reshape(-1)), pixels[0].numel())
-    table = pa.table({"image": flat, "label": labels.numpy()})
-    pq.write_table(table.replace_schema_metadata({"mixflow": json.dumps({"shape": list(pixels.shape[1:])})}), path)
+    columns = {"image": as_column(pixels.numpy()), "label": pa.array(labels.numpy())}
+    write_table(columns, path, {"mixflow": json.dumps(describe_column(pixels.numpy()))})
 
 
 def read_part(path: Path | IO[bytes]) -> tuple[Tensor, Tensor]:
@@ -186,10 +186,9 @@ def read_part(path: Path | IO[bytes]) -> tuple[Tensor, Tensor]:
     """
     try:
         table = pq.read_table(path)
-        shape = json.loads(table.schema.metadata[b"mixflow"])["shape"]
-        flat = table["image"].combine_chunks().flatten().to_numpy()
-        pixels = torch.from_numpy(np.require(flat.reshape(table.num_rows, *shape), np.uint8, "W"))
-        return pixels, torch.from_numpy(np.require(table["label"].to_numpy(), np.int64, "W"))
+        pixels = from_column(table, "image", json.loads(table.schema.metadata[b"mixflow"]))
+        labels = np.require(table["label"].to_numpy(), np.int64, "W")
+        return torch.from_numpy(np.require(pixels, np.uint8, "W")), torch.from_numpy(labels)
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"samples {path} must be a Parquet file of images and labels; {error}") from error
 

@@ -23,8 +23,8 @@ from orchestration.encode import Task, Worker, _follow, _name, _piece, encode
 from orchestration.parts import Parts
 from orchestration.storage import Storage, open_storage
 from workers.codecs import CodecConfig, directory_hash
-from workers.data import Split, Statistics, read_captions, read_shards, shard_path, write_statistics
-from workers.encode import Encoder, Images, Plan, encode_captions, plan_encoding
+from workers.data import Split, Statistics, captions_path, read_captions, read_shards, shard_path, write_statistics
+from workers.encode import Encoder, Images, Plan, plan_encoding
 from workers.manifest import Manifest
 
 CPU = torch.device("cpu")
@@ -92,8 +92,8 @@ def without_ray(plan: Plan, directory: Path) -> dict[str, str]:
         unreadable += [{"split": shard.split, "name": name, "reason": reason} for name, reason in encoded.unreadable]
     write_statistics(statistics, directory)
     (directory / "unreadable.json").write_text(json.dumps(unreadable, indent=1))
-    if plan.captions:
-        encode_captions(plan.recipe.settings, plan.captions, directory, CPU)
+    for number, part in enumerate(plan.caption_parts):
+        encoder.encode_captions(part, captions_path(directory, number))
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
 
 
@@ -112,7 +112,10 @@ def wait_until_free() -> None:
 
 
 @pytest.mark.ray
-def test_any_number_of_workers_writes_the_same_bytes(cluster: str, tmp_path: Path, moto_s3: str) -> None:
+def test_any_number_of_workers_writes_the_same_bytes(
+    cluster: str, tmp_path: Path, moto_s3: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("workers.data.CAPTIONS_A_FILE", 5)
     texts = tmp_path / "texts"
     tiny_text_encoders(texts)
     digest = tiny_vae(tmp_path / "vae")
@@ -131,7 +134,8 @@ def test_any_number_of_workers_writes_the_same_bytes(cluster: str, tmp_path: Pat
     )
     plan = plan_encoding(settings, codec)
     expected = without_ray(plan, tmp_path / "expected")
-    assert len(expected) == 7 + 1 + 3  # train and held-out shards; statistics, unreadable images, captions
+    assert len(plan.caption_parts) > 1
+    assert len(expected) == 7 + 1 + 2 + len(plan.caption_parts)  # shards; statistics, unreadable images; captions
     for workers, uri in ((1, str(tmp_path / "1")), (2, moto_s3), (4, str(tmp_path / "4"))):
         storage, told = open_storage(uri), list[tuple[Any, ...]]()
         manifest = run(storage, settings, codec, workers=workers, tell=lambda *now, told=told: told.append(now))
@@ -145,7 +149,7 @@ def test_any_number_of_workers_writes_the_same_bytes(cluster: str, tmp_path: Pat
         assert (manifest.meta["source"], manifest.meta["num_images"]) == (str(source), 60)
         assert manifest.meta["num_unreadable"] == 1
         found = storage.fetch(PATH, tmp_path / "fetched")
-        assert read_captions(found).captions == [*plan.captions, ""]  # type: ignore[union-attr]
+        assert [name for part in read_captions(found) for name in part.captions] == [*plan.captions, ""]
         rows = {
             split: sum(len(part.labels) for part, _ in read_shards(found, split)) for split in ("train", "held_out")
         }

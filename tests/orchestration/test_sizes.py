@@ -18,8 +18,8 @@ from orchestration.recipe import filled, load, read, validated
 from orchestration.storage import open_storage
 from orchestration.workflow import Workspace
 from workers.cost import cost_of
-from workers.data import read_captions, read_shards, shard_path
-from workers.encode import Encoder, encode_captions, plan_encoding
+from workers.data import captions_path, read_captions, read_shards, shard_path
+from workers.encode import Encoder, plan_encoding
 
 CPU = torch.device("cpu")
 COUNTS = {"train": IMAGES - HELD_OUT, "held_out": HELD_OUT}
@@ -32,16 +32,17 @@ def really_encoded(experiment: Experiment, directory: Path) -> tuple[int, int, i
     encoder = Encoder(plan.recipe, CPU)
     for shard in plan.shards:
         encoder.encode(shard, shard_path(directory, shard.split, shard.number))
-    if plan.captions:
-        encode_captions(plan.recipe.settings, plan.captions, directory, CPU)
-    total, table = 0, read_captions(directory)
+    for number, captions in enumerate(plan.caption_parts):
+        encoder.encode_captions(captions, captions_path(directory, number))
+    total, tables = 0, list(read_captions(directory))
     for split in ("train", "held_out"):
         for part, _ in read_shards(directory, split):
             arrays = (part.images, part.labels, part.features, part.pixels)
             total += sum(array.nbytes for array in arrays if array is not None)
-    if table is None:
+    if not tables:
         return total, 0, 0
-    return total + table.text.nbytes + table.pooled.nbytes, len(plan.captions), table.text.shape[1]
+    embeddings = sum(table.text.nbytes + table.pooled.nbytes for table in tables)
+    return total + embeddings, len(plan.captions), tables[0].text.shape[1]
 
 
 @pytest.mark.parametrize("keep", ["all", "held_out"])

@@ -148,7 +148,5 @@ def _weights(
 def one_by_one(plan: Plan, task: encode.Task, *_: Any) -> Iterator[dict[str, Any]]:
     """In place of `encode._run`: what Ray Data would spread over its actors, one after the other in this process."""
     worker = encode.Worker(task)
-    pieces = [encode._piece(plan.recipe.identity, "captions.parquet", captions=plan.captions)] if plan.captions else []
-    pieces += [encode._piece(plan.recipe.identity, encode._name(shard), shard=shard) for shard in plan.shards]
-    for piece in pieces:
+    for piece in encode._pieces(plan):
         yield json.loads(worker(pa.table({"piece": [piece]}))["answer"][0].as_py())

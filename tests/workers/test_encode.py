@@ -27,8 +27,17 @@ from tiny_sd3 import tiny_text_encoders
 import workers.encode
 from mixflow_core.rng import generator
 from workers.codecs import CodecConfig, directory_hash, open_dinov2
-from workers.data import ImageSet, Split, Statistics, read_captions, read_shards, shard_path
-from workers.encode import Encoder, Images, Plan, Unreadable, encode_captions, plan_encoding
+from workers.data import (
+    CaptionTable,
+    ImageSet,
+    Split,
+    Statistics,
+    captions_path,
+    read_captions,
+    read_shards,
+    shard_path,
+)
+from workers.encode import Encoder, Images, Plan, Unreadable, plan_encoding
 from workers.pretrained import TextEncoders
 
 CPU = torch.device("cpu")
@@ -306,11 +315,15 @@ def test_captions_become_labels_the_held_out_ones_first(tmp_path, text_encoders,
     assert plan.captions[len(held_out) :] == [c for c in dict.fromkeys(captions["train"]) if c not in held_out]
 
 
-def test_embeddings_are_those_of_their_captions(tmp_path, text_encoders):
+def test_embeddings_are_those_of_their_captions(tmp_path, text_encoders, monkeypatch):
+    monkeypatch.setattr("workers.data.CAPTIONS_A_FILE", 8)
     plan = plan_of(Path(captioned_folder(tmp_path / "source", pictures(30))), **text_encoders)
-    encode_captions(plan.recipe.settings, plan.captions, tmp_path, CPU)
-    table = read_captions(tmp_path)
-    assert table.captions == [*plan.captions, ""]
+    for number, part in enumerate(plan.caption_parts):
+        Encoder(plan.recipe, CPU).encode_captions(part, captions_path(tmp_path, number))
+    tables = list(read_captions(tmp_path))
+    assert [len(table.captions) for table in tables[:-1]] == [8] * (len(tables) - 1)
+    table = CaptionTable(*(np.concatenate(column) for column in zip(*tables, strict=True)))
+    assert table.captions.tolist() == [*plan.captions, ""]
     encoders = TextEncoders(Path(text_encoders["text_encoders"]))
     for row, caption in enumerate(table.captions):
         text, pooled = encoders.encode([caption], CPU)

@@ -13,11 +13,14 @@ import torch
 from worker_toys import latents, pixels, run_config
 
 from mixflow_core.rng import generator
+from workers.columns import as_column
 from workers.data import (
     CaptionTable,
     ImageSet,
     batch_rows,
+    captions_path,
     digits,
+    facts_of,
     join,
     open_shards,
     read_shards,
@@ -30,7 +33,7 @@ from workers.data import (
 from workers.manifest import Manifest
 
 IMAGE = {"shape": [1, 8, 8], "dtype": "float32"}
-ABOUT = {"schema_version": 2, "num_classes": 10, "codec": None, "columns": {"image": IMAGE}}
+ABOUT = {"schema_version": 3, "num_classes": 10, "codec": None, "columns": {"image": IMAGE}}
 VAE = {"kind": "vae", "scale": 0.5, "shift": 0.25, "posterior": "sample", "sha256": "0" * 64}
 
 
@@ -86,7 +89,9 @@ def test_latents_come_back_with_all_that_lies_beside_them(tmp_path):
         np.random.default_rng(6).standard_normal((11, 3)).astype(np.float16),
         [*(f"caption {i}" for i in range(10)), ""],
     )
-    write_captions(table, tmp_path / "a")
+    for number, rows in enumerate((slice(0, 7), slice(7, 11))):
+        part = CaptionTable(table.text[rows], table.pooled[rows], table.captions[rows])
+        write_captions(part, captions_path(tmp_path / "a", number))
     manifest = Manifest.describe(tmp_path / "a", {})
     mapped = open_shards(tmp_path / "a", manifest, tmp_path / "cache")
     for found, truth in ((mapped["train"], splits["train"]), (read(tmp_path / "a", "held_out")[0], splits["held_out"])):
@@ -94,9 +99,11 @@ def test_latents_come_back_with_all_that_lies_beside_them(tmp_path):
         for name in ("images", "labels", "features", "pixels"):
             np.testing.assert_array_equal(getattr(found, name), getattr(truth, name))
             assert getattr(found, name).dtype == getattr(truth, name).dtype
-        np.testing.assert_array_equal(found.captions.text, table.text)
-        np.testing.assert_array_equal(found.captions.pooled, table.pooled)
-        assert found.captions.captions == table.captions
+    for split in ("train", "held_out"):
+        captions = mapped[split].captions
+        np.testing.assert_array_equal(captions.text, table.text)
+        np.testing.assert_array_equal(captions.pooled, table.pooled)
+        assert (captions.text.dtype, captions.captions) == (np.float16, table.captions)
     assert mapped["train"].shape == (3, 4, 4)
     np.testing.assert_array_equal(mapped["train"].seen, splits["train"].pixels)
 
@@ -142,15 +149,16 @@ def test_captions_without_sound_embeddings_are_refused(tmp_path, what):
     arrays = {"text": np.zeros((11, 4, 6), np.float16), "pooled": np.zeros((11, 3), np.float16)}
     names = [*(f"caption {i}" for i in range(10)), ""]
     arrays[what][4] = np.nan
-    write_captions(CaptionTable(**arrays, captions=names), tmp_path)
+    path = captions_path(tmp_path, 0)
+    write_captions(CaptionTable(**arrays, captions=names), path)
     with pytest.raises(ValueError, match=rf"{what} embeddings must be finite, got others for 'caption 4' in row 4"):
-        read(tmp_path, "train")
-    write_captions(CaptionTable(np.zeros((9, 4, 6), np.float16), np.zeros((9, 3), np.float16), names[2:]), tmp_path)
+        facts_of(tmp_path, "train")
+    write_captions(CaptionTable(np.zeros((9, 4, 6), np.float16), np.zeros((9, 3), np.float16), names[2:]), path)
     with pytest.raises(ValueError, match="must be of the 8 captions with embeddings"):
-        read(tmp_path, "train")
-    (tmp_path / "captions.parquet").write_bytes(b"no")
-    with pytest.raises(ValueError, match=r"captions\.parquet must be a Parquet file of caption embeddings"):
-        read(tmp_path, "train")
+        facts_of(tmp_path, "train")
+    path.write_bytes(b"no")
+    with pytest.raises(ValueError, match="must hold readable files of caption embeddings"):
+        facts_of(tmp_path, "train")
 
 
 def test_realised_times_are_those_of_the_batches():
@@ -176,8 +184,9 @@ def test_statistics_are_those_of_the_images(tmp_path):
 
 
 def table_of(images: ImageSet, about=ABOUT, labels=None):
-    flat = pa.FixedSizeListArray.from_arrays(pa.array(images.images.reshape(-1)), images.images[0].size)
-    table = pa.table({"image": flat, "label": pa.array(images.labels) if labels is None else labels})
+    table = pa.table(
+        {"image": as_column(images.images), "label": pa.array(images.labels) if labels is None else labels}
+    )
     return table.replace_schema_metadata({"mixflow": json.dumps(about)})
 
 
@@ -204,13 +213,10 @@ def null_label():
     return table_of(images, labels=pa.array([*images.labels[:11].tolist(), None, *images.labels[12:].tolist()]))
 
 
-def null_pixel():
+def null_image():
     images = pixels(20)
-    values = pa.array(
-        [None if i == 7 * 64 + 5 else int(v) for i, v in enumerate(images.images.reshape(-1))], pa.uint8()
-    )
-    flat = pa.FixedSizeListArray.from_arrays(values, 64)
-    table = pa.table({"image": flat, "label": pa.array(images.labels)})
+    values = [None if i == 7 else image.tobytes() for i, image in enumerate(images.images)]
+    table = pa.table({"image": pa.array(values, pa.binary(64)), "label": pa.array(images.labels)})
     return table.replace_schema_metadata(
         {"mixflow": json.dumps({**ABOUT, "columns": {"image": {**IMAGE, "dtype": "uint8"}}})}
     )
@@ -222,9 +228,9 @@ BAD = {
     "label too large": (lambda: label(10), ["[0, 9]", "got 10 in row 11"]),
     "label negative": (lambda: label(-1), ["[0, 9]", "got -1 in row 11"]),
     "no label": (null_label, ["row 11"]),
-    "no pixel": (null_pixel, ["row 7"]),
+    "no image": (null_image, ["row 7"]),
     "fractional labels": (lambda: table_of(latents(20), labels=pa.array([0.5] * 20)), ["schema"]),
-    "version": (lambda: table_of(latents(20), {**ABOUT, "schema_version": 3}), ["schema version 2, got 3"]),
+    "version": (lambda: table_of(latents(20), {**ABOUT, "schema_version": 2}), ["schema version 3, got 2"]),
     "no metadata": (lambda: table_of(latents(20)).replace_schema_metadata(None), ["schema"]),
     "wrong shape in the metadata": (
         lambda: table_of(latents(20), {**ABOUT, "columns": {"image": {**IMAGE, "shape": [1, 8, 9]}}}),
@@ -293,7 +299,7 @@ def test_processes_that_race_for_the_memory_map_get_the_data(tmp_path):
             np.testing.assert_array_equal(labels, splits[split].labels)
             assert kind == "memmap"
     assert [path.name for path in cache.iterdir() if not path.name.startswith(".")] == [
-        f"{Manifest.describe(data, {}).digest[:16]}-2"
+        f"{Manifest.describe(data, {}).digest[:16]}-3"
     ]
     assert not list(cache.glob(".unpacking-*"))
 
