@@ -13,7 +13,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from orchestration.experiment import Experiment
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 
@@ -22,7 +25,7 @@ STAGE_VERBS: dict[str, tuple[str, tuple[str, ...] | None]] = {
     "encode": ("the data: images to Parquet shards of pixels or latents", ("data",)),
     "run": ("the whole workflow; running it again resumes and skips what is done", None),
     "train": ("data, base and arms", ("arms",)),
-    "slow-flow": ("the Slow Flow measurement of the base", ("slow-flow/base",)),
+    "slow-flow": ("the Slow Flow measurement of the base, of an arm or of a checkpoint", ("slow-flow/base",)),
     "sample": ("samples of every arm, with what they need", ("samples",)),
     "evaluate": ("metrics of every arm, with what they need", ("metrics",)),
 }
@@ -131,6 +134,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--force", action="append", default=[], metavar="STAGE", help="redo a stage or all stages of a kind"
         )
+        if name == "slow-flow":
+            sub.add_argument("arm", nargs="?", metavar="ARM", help="an arm that trains; the base at first")
+            sub.add_argument("--checkpoint", metavar="URI", help="of the experiment's model, in place of its base")
+            sub.add_argument("--sha256", metavar="HASH", help="of --checkpoint")
     sub = verb("plan", "check everything and show what a run would do, without doing it", _plan)
     sub.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches, for the hours")
     sub.add_argument("--peak-tflops", type=float, help="of a device, for the hours; an H100's in training.precision")
@@ -168,8 +175,10 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     from orchestration.report import slow_flow_table
     from orchestration.run import open_place, run_experiment
 
-    experiment = load(arguments.experiment, arguments.overrides)
     names = STAGE_VERBS[arguments.verb][1]
+    experiment = load(arguments.experiment, [*arguments.overrides, *_checkpoint(arguments)])
+    if getattr(arguments, "arm", None):
+        names = (_measured_arm(experiment, arguments.arm),)
     outcome = run_experiment(
         experiment,
         open_place(),
@@ -182,6 +191,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             print(outcome["table"])
         elif "slow_flow" in outcome:
             print(slow_flow_table(outcome["slow_flow"]))
+            print(f"JSON:    {outcome['slow_flow']['measured']}")
             print(f"plot:    {outcome['slow_flow']['plot']}")
         if "data" in outcome:
             _say_data(outcome["data"])
@@ -191,6 +201,27 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             print(f"report:  {outcome['report']}")
         print(f"MLflow:  {tracking.ui_command(outcome['tracking']['uri'])}")
     return outcome
+
+
+def _checkpoint(arguments: argparse.Namespace) -> list[str]:
+    """The settings by which `slow-flow --checkpoint` stands for the base."""
+    given = [getattr(arguments, name, None) for name in ("checkpoint", "sha256")]
+    if given == [None, None]:
+        return []
+    if None in given:
+        raise ValueError("--checkpoint and --sha256 must be given together; sha256sum FILE prints it")
+    if arguments.arm:
+        raise ValueError(f"--checkpoint must be left out for an arm, got both it and {arguments.arm!r}; choose one")
+    path = json.dumps(given[0])  # YAML that reads as text whatever is in it
+    return ["base.train=", f"base.checkpoint={path}", f"base.sha256={given[1]}", "bases=1"]
+
+
+def _measured_arm(experiment: Experiment, arm: str) -> str:
+    """The stage that measures an arm's Slow Flow."""
+    trained = ["base", *(name for name, its in experiment.arms.items() if its.train)]
+    if arm not in trained:
+        raise ValueError(f"the arm to measure must be one of {', '.join(trained)}, got {arm!r}")
+    return f"slow-flow/{arm}"
 
 
 def _say_data(data: Mapping[str, Any]) -> None:
