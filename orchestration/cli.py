@@ -31,6 +31,11 @@ STAGE_VERBS: dict[str, tuple[str, tuple[str, ...] | None]] = {
 }
 
 
+EXPORT = "a run's weights in its family's layout, its samples for ADM's evaluator, or its mixture for other trainers"
+TARGETS = (
+    ".pt, .safetensors, for SD3 a directory; for samples .npz; for the mixture .json (SimpleTuner's settings) or .py "
+    "(the change to a SiT-style transport, explained)"
+)
 VERBS = (*STAGE_VERBS, "plan", "report", "import", "export", "replay", "doctor")
 
 
@@ -158,9 +163,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--set", dest="given", action="append", default=[], metavar="KEY=VALUE", help="what the file does not say"
     )
-    export = verb("export", "a run's weights in the layout of its family, or its samples for ADM's evaluator", _export)
-    export.add_argument("arm", metavar="ARM", help="an arm that trains, or base; for samples any arm")
-    export.add_argument("target", metavar="TARGET", help=".pt, .safetensors, for SD3 a directory; for samples .npz")
+    export = verb("export", EXPORT, _export)
+    export.add_argument("arm", metavar="ARM", help="an arm that trains, or for weights base; for samples any arm")
+    export.add_argument("target", metavar="TARGET", help=TARGETS)
     export.add_argument("--cell", metavar="CELL", help="of samples, such as euler20/s1; the primary one at first")
     export.add_argument("--replicate", type=int, default=0, metavar="K", help="which of its runs, 0 at first")
     export.add_argument("--adapters", action="store_true", help="of a LoRA run, the adapters alone")
@@ -337,11 +342,17 @@ def _import(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _export(arguments: argparse.Namespace) -> dict[str, Any]:
-    from orchestration.convert import export_samples, export_weights
+    from orchestration.convert import export_mixture, export_samples, export_weights
     from orchestration.recipe import load
     from orchestration.run import open_place
 
     experiment, target = load(arguments.experiment, arguments.overrides), Path(arguments.target)
+    if target.suffix in (".json", ".py"):
+        answer = export_mixture(experiment, arguments.arm, target)
+        if not arguments.json:
+            print(f"{answer['stage']}: {answer['written']}")
+            print("".join(f"no counterpart: {text}\n" for text in answer.get("no_counterpart", ())), end="")
+        return answer
     which = experiment, open_place(), arguments.arm, arguments.replicate
     if target.suffix == ".npz":
         answer = export_samples(*which, arguments.cell, target)

@@ -176,7 +176,7 @@ class Evaluation(Frozen):
     primary: str
     effect: float = Field(default=0.05, gt=0, lt=1)
     recall_margin: float = Field(default=0.02, ge=0, le=1)
-    slow_flow_samples: int = Field(default=500, ge=10, le=1_000_000)
+    slow_flow_samples: int = Field(default=250, ge=10, le=1_000_000)
     slow_flow_samplers: tuple[Sampler, ...] = ()
 
     @model_validator(mode="after")
