@@ -28,7 +28,7 @@ def simpletuner_settings(experiment: Experiment, arm: str) -> dict[str, Any]:
         ValueError: SimpleTuner cannot express it; the message says which part.
     """
     mixture = _trained_on(experiment, arm)
-    laws = {
+    laws: dict[str, tuple[Any, list[Any]]] = {
         "time_law": (mixture.time_law, ["beta"]),
         "interval": (list(mixture.interval), [[0.0, 1.0]]),
         "slowing_law": (mixture.slowing_law, ["interval"]),
@@ -53,7 +53,7 @@ def transport_change(experiment: Experiment, arm: str) -> str:
         ValueError: it takes more than the few lines; the message says which part.
     """
     mixture = _trained_on(experiment, arm)
-    laws = {
+    laws: dict[str, tuple[Any, list[Any]]] = {
         "time_law": (mixture.time_law, ["beta", "uniform"]),
         "interval": (list(mixture.interval), [[0.0, 1.0]]),
         "order": (mixture.order, ["shift_then_slow"]),
@@ -71,8 +71,8 @@ TRANSPORT = '''\
 In the loss such a transport draws t and asks its path for the sample and the target there: `plan(t, x0, x1)` answers
 (t, x_t, u_t), and the network is called as model(x_t, t). These {count} lines take the place of drawing and asking:
 call the network as model(x, t) with what they return and compare it with target. What follows in the loss, and
-sampling, stay as they are. A code whose time is 0 at the data has s = 1 - t: its slowed time is s + U gamma (1 - s), and
-its velocities are minus these.
+sampling, stay as they are. A code whose time is 0 at the data has s = 1 - t: its slowed time is s + U gamma (1 - s),
+and its velocities are minus these.
 """
 
 import torch
