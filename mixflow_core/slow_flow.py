@@ -7,11 +7,13 @@ it, and finds m_t <= t, the more so the larger t. Which interpolation decides wh
 - to the image of the pair whose true x_s the sampler went on from: the flow-matching loss. A step of length h loses
   h (1 - <u, v> / |v|^2), and an error-free field loses by the posterior variance that is left.
 
-An SDE forgets its starting noise on the way, which by itself brings m_t above t. Neither is an error of the model until the error-free field's own is set beside it (`exact`), and the quantiles of
-1 - m_t / t recommend no slowing range gamma: they suggest one where slowing harms. The noise-level probe, a regressor
-of the time read on generated states minus the same read on true interpolations at that t, is 0 for an error-free field
-and exact sampling; few steps of an SDE make an error-free field lag too. The velocity deficit is how much smaller the
-field is than the velocities it was trained on.
+An SDE forgets its starting noise on the way, which by itself brings m_t above t. None of these lags is an error of the
+model until the error-free field's own is set beside it (`exact`), and the quantiles of 1 - m_t / t recommend no slowing
+range gamma: they suggest one where slowing harms.
+
+The noise-level probe, a regressor of the time read on generated states minus the same read on true interpolations at
+that t, is 0 for an error-free field and exact sampling; few steps of an SDE make an error-free field lag too. The
+velocity deficit is how much smaller the field is than the velocities it was trained on.
 """
 
 from __future__ import annotations
@@ -63,7 +65,7 @@ def velocity_deficit(u: Tensor, v: Tensor) -> Interval:
     minimiser of the flow-matching loss is E[v | x_t], so by Jensen's inequality its deficit on true x_t is not 0 but
     its own relative loss, E|u - v|^2 / E|v|^2. ("The Velocity Deficit", arXiv 2605.14819, names the smaller magnitude
     and takes it for a cause of samples that fall short.) What speaks of a model is a difference to the error-free
-    field's. One between generated and true states says that those differ, by the model's error or by the sampler's steps.
+    field's. One between generated and true states says that those differ, by the model's error or the sampler's steps.
 
     Args:
         u: |u|^2 of each sample, (n,), n >= 2.
