@@ -288,11 +288,21 @@ class Sampler:
         grid = time_grid(self.num_steps - self._closes, start=self.start, end=end, shift=self.shift)
         return torch.cat([grid, grid.new_ones(1)]) if self._closes else grid
 
-    def run(self, field: Field, x: Tensor, interpolant: Interpolant, noise: Noise) -> Tensor:
-        """The samples from noise x (B, ...); `noise` is asked by an SDE only."""
-        grid = self.times().to(x.device)
+    def states(
+        self, field: Field, x: Tensor, interpolant: Interpolant, noise: Noise, *, grid: Tensor | None = None
+    ) -> Iterator[Tensor]:
+        """The states at every time of the grid, the start x (B, ...) first; `noise` is asked by an SDE only.
+
+        Args:
+            field: u(x, t).
+            x: start, at the grid's first time.
+            interpolant: gives an SDE the score.
+            noise: noise(k) is the standard normal of noisy step k.
+            grid: times to go through instead of `times()`, such as the end of it; at least two.
+        """
+        grid = (self.times() if grid is None else grid).to(x.device)
         if self.is_sde:
-            states = sde(
+            return sde(
                 field,
                 x,
                 grid[:-1] if self._closes else grid,
@@ -302,9 +312,11 @@ class Sampler:
                 corrector=self.method == "sde_heun",
                 last_step=self.last_step,
             )
-        else:
-            states = {"euler": euler, "heun": heun, "dopri5": dopri5}[self.method](field, x, grid)
-        return final(states)
+        return {"euler": euler, "heun": heun, "dopri5": dopri5}[self.method](field, x, grid)
+
+    def run(self, field: Field, x: Tensor, interpolant: Interpolant, noise: Noise) -> Tensor:
+        """The samples from noise x (B, ...); `noise` is asked by an SDE only."""
+        return final(self.states(field, x, interpolant, noise))
 
     @property
     def _closes(self) -> bool:

@@ -63,6 +63,57 @@ def nested_interval(values: Sequence[Sequence[float]], *, confidence: float = 0.
     )
 
 
+def ratio_interval(a: Tensor, b: Tensor, *, confidence: float = 0.95) -> Interval:
+    """Interval of E[a] / E[b] from independent pairs (a_i, b_i), each (n,), b's mean above 0, by the delta method.
+
+    The error of the ratio of means r is, to first order, the mean of (a_i - r b_i) / mean(b), whose Student interval is
+    put round r: a quantity that both share, such as an image's contrast, then cancels.
+
+    Raises:
+        ValueError: fewer than two pairs.
+    """
+    a, b = a.double(), b.double()
+    ratio = float(a.mean() / b.mean())
+    error = student_interval(((a - ratio * b) / b.mean()).tolist(), confidence=confidence)
+    return Interval(ratio, ratio + error.low, ratio + error.high, error.sd, error.n)
+
+
+def share_interval(count: int, n: int, *, confidence: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of a probability of which `count` of n independent trials came true; 95 % at first.
+
+    Unlike the normal interval it is not a point at count = 0 or n, from which nothing so certain follows.
+
+    Raises:
+        ValueError: count does not lie in [0, n], or n is 0.
+    """
+    if not 0 <= count <= n or n == 0:
+        raise ValueError(f"count must lie in [0, n] with n above 0, got {count} of {n}")
+    z = _normal_quantile((1 + confidence) / 2)
+    middle = (count + z**2 / 2) / (n + z**2)
+    half = z / (n + z**2) * math.sqrt(count * (n - count) / n + z**2 / 4)
+    return middle - half, middle + half
+
+
+def quantile_ranks(n: int, level: float, *, confidence: float = 0.95) -> tuple[int | None, int | None]:
+    """Which of n sorted independent values bound the law's quantile, whatever the law: places from 0, low and high.
+
+    The number of values below the quantile is binomial, so P(value[low] > quantile) and P(value[high] < quantile) are
+    each at most (1 - confidence) / 2. None where n is too small for such a bound: the 5 % quantile has a lower one from
+    n = 72 on.
+
+    Args:
+        n: values, at least 1.
+        level: of the quantile, in (0, 1).
+        confidence: of the interval, in (0, 1).
+    """
+    k = torch.arange(n + 1, dtype=torch.float64)
+    choices = math.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+    below = (choices + k * math.log(level) + (n - k) * math.log1p(-level)).exp().cumsum(0)[:-1]
+    miss = (1 - confidence) / 2
+    num_low, num_short = int((below <= miss).sum()), int((below < 1 - miss).sum())
+    return num_low - 1 if num_low else None, num_short if num_short < n else None
+
+
 def variance_parts(values: Sequence[Sequence[float]]) -> VarianceParts:
     """Variance between bases and between seeds within a base: unbiased estimates of one-way analysis of variance.
 
@@ -197,6 +248,10 @@ def _require_seeds(values: Sequence[Sequence[float]], *, at_least: int) -> None:
     for base, seeds in enumerate(values):
         if not seeds:
             raise ValueError(f"values must have seeds in every base, got none in base {base}; leave it out")
+
+
+def _normal_quantile(probability: float) -> float:
+    return float(torch.special.ndtri(torch.tensor(probability, dtype=torch.float64)))
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -13,7 +13,10 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
+
+if TYPE_CHECKING:
+    from orchestration.experiment import Experiment
 
 DONE, FAILED, WRONG_INPUT = 0, 1, 2
 
@@ -22,12 +25,17 @@ STAGE_VERBS: dict[str, tuple[str, tuple[str, ...] | None]] = {
     "encode": ("the data: images to Parquet shards of pixels or latents", ("data",)),
     "run": ("the whole workflow; running it again resumes and skips what is done", None),
     "train": ("data, base and arms", ("arms",)),
-    "slow-flow": ("the Slow Flow measurement of the base", ("slow-flow/base",)),
+    "slow-flow": ("the Slow Flow measurement of the base, of an arm or of a checkpoint", ("slow-flow/base",)),
     "sample": ("samples of every arm, with what they need", ("samples",)),
     "evaluate": ("metrics of every arm, with what they need", ("metrics",)),
 }
 
 
+EXPORT = "a run's weights in its family's layout, its samples for ADM's evaluator, or its mixture for other trainers"
+TARGETS = (
+    ".pt, .safetensors, for SD3 a directory; for samples .npz; for the mixture .json (SimpleTuner's settings) or .py "
+    "(the change to a SiT-style transport, explained)"
+)
 VERBS = (*STAGE_VERBS, "plan", "report", "import", "export", "replay", "doctor")
 
 
@@ -131,6 +139,10 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--force", action="append", default=[], metavar="STAGE", help="redo a stage or all stages of a kind"
         )
+        if name == "slow-flow":
+            sub.add_argument("arm", nargs="?", metavar="ARM", help="an arm that trains; the base at first")
+            sub.add_argument("--checkpoint", metavar="URI", help="of the experiment's model, in place of its base")
+            sub.add_argument("--sha256", metavar="HASH", help="of --checkpoint")
     sub = verb("plan", "check everything and show what a run would do, without doing it", _plan)
     sub.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches, for the hours")
     sub.add_argument("--peak-tflops", type=float, help="of a device, for the hours; an H100's in training.precision")
@@ -151,9 +163,9 @@ def _parser() -> argparse.ArgumentParser:
     convert.add_argument(
         "--set", dest="given", action="append", default=[], metavar="KEY=VALUE", help="what the file does not say"
     )
-    export = verb("export", "a run's weights in the layout of its family, or its samples for ADM's evaluator", _export)
-    export.add_argument("arm", metavar="ARM", help="an arm that trains, or base; for samples any arm")
-    export.add_argument("target", metavar="TARGET", help=".pt, .safetensors, for SD3 a directory; for samples .npz")
+    export = verb("export", EXPORT, _export)
+    export.add_argument("arm", metavar="ARM", help="an arm that trains, or for weights base; for samples any arm")
+    export.add_argument("target", metavar="TARGET", help=TARGETS)
     export.add_argument("--cell", metavar="CELL", help="of samples, such as euler20/s1; the primary one at first")
     export.add_argument("--replicate", type=int, default=0, metavar="K", help="which of its runs, 0 at first")
     export.add_argument("--adapters", action="store_true", help="of a LoRA run, the adapters alone")
@@ -168,8 +180,10 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
     from orchestration.report import slow_flow_table
     from orchestration.run import open_place, run_experiment
 
-    experiment = load(arguments.experiment, arguments.overrides)
     names = STAGE_VERBS[arguments.verb][1]
+    experiment = load(arguments.experiment, [*arguments.overrides, *_checkpoint(arguments)])
+    if getattr(arguments, "arm", None):
+        names = (_measured_arm(experiment, arguments.arm),)
     outcome = run_experiment(
         experiment,
         open_place(),
@@ -182,6 +196,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             print(outcome["table"])
         elif "slow_flow" in outcome:
             print(slow_flow_table(outcome["slow_flow"]))
+            print(f"JSON:    {outcome['slow_flow']['measured']}")
             print(f"plot:    {outcome['slow_flow']['plot']}")
         if "data" in outcome:
             _say_data(outcome["data"])
@@ -191,6 +206,27 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             print(f"report:  {outcome['report']}")
         print(f"MLflow:  {tracking.ui_command(outcome['tracking']['uri'])}")
     return outcome
+
+
+def _checkpoint(arguments: argparse.Namespace) -> list[str]:
+    """The settings by which `slow-flow --checkpoint` stands for the base."""
+    given = [getattr(arguments, name, None) for name in ("checkpoint", "sha256")]
+    if given == [None, None]:
+        return []
+    if None in given:
+        raise ValueError("--checkpoint and --sha256 must be given together; sha256sum FILE prints it")
+    if arguments.arm:
+        raise ValueError(f"--checkpoint must be left out for an arm, got both it and {arguments.arm!r}; choose one")
+    path = json.dumps(given[0])  # YAML that reads as text whatever is in it
+    return ["base.train=", f"base.checkpoint={path}", f"base.sha256={given[1]}", "bases=1"]
+
+
+def _measured_arm(experiment: Experiment, arm: str) -> str:
+    """The stage that measures an arm's Slow Flow."""
+    trained = ["base", *(name for name, its in experiment.arms.items() if its.train)]
+    if arm not in trained:
+        raise ValueError(f"the arm to measure must be one of {', '.join(trained)}, got {arm!r}")
+    return f"slow-flow/{arm}"
 
 
 def _say_data(data: Mapping[str, Any]) -> None:
@@ -306,11 +342,17 @@ def _import(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _export(arguments: argparse.Namespace) -> dict[str, Any]:
-    from orchestration.convert import export_samples, export_weights
+    from orchestration.convert import export_mixture, export_samples, export_weights
     from orchestration.recipe import load
     from orchestration.run import open_place
 
     experiment, target = load(arguments.experiment, arguments.overrides), Path(arguments.target)
+    if target.suffix in (".json", ".py"):
+        answer = export_mixture(experiment, arguments.arm, target)
+        if not arguments.json:
+            print(f"{answer['stage']}: {answer['written']}")
+            print("".join(f"no counterpart: {text}\n" for text in answer.get("no_counterpart", ())), end="")
+        return answer
     which = experiment, open_place(), arguments.arm, arguments.replicate
     if target.suffix == ".npz":
         answer = export_samples(*which, arguments.cell, target)

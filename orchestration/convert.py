@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from orchestration.bridge import NO_COUNTERPART, simpletuner_settings, transport_change
 from orchestration.experiment import Experiment
 from orchestration.recipe import TO_BE_GIVEN
 from orchestration.results import cell_file
@@ -153,6 +154,27 @@ def export_samples(
     batches = (read_part(io.BytesIO(artifact.read(name)))[0] for name in names)
     write_samples(target, batches, (experiment.evaluation.num_samples, height, width, channels))
     return {"stage": stage, "cell": cell, "written": str(target.absolute())}
+
+
+def export_mixture(experiment: Experiment, arm: str, target: Path) -> dict[str, Any]:
+    """Writes an arm's mixture for other trainers; it needs no finished run.
+
+    Args:
+        experiment: whose arm.
+        arm: one that trains.
+        target: `.json`: keys of SimpleTuner's config.json; `.py`: the change to a SiT-style transport, explained.
+
+    Raises:
+        ValueError: it cannot be expressed there, or the target cannot be written.
+    """
+    _check_target(target, endings=(".json", ".py"))
+    answer: dict[str, Any] = {"stage": f"mixture of {arm}", "written": str(target.absolute())}
+    if target.suffix == ".py":
+        target.write_text(transport_change(experiment, arm))
+        return answer
+    settings = simpletuner_settings(experiment, arm)
+    target.write_text(json.dumps(settings, indent=2) + "\n")
+    return {**answer, "settings": settings, "no_counterpart": list(NO_COUNTERPART)}
 
 
 def _export_sd3(

@@ -15,6 +15,7 @@ from mixflow_core.correctives import SamplingCorrective, TrainingCorrective
 from mixflow_core.interpolant import Interpolant, PathName
 from mixflow_core.loss import Prediction, Weighting, times_defined
 from mixflow_core.mixture import SlowedMixture
+from mixflow_core.samplers import Sampler
 from orchestration.sections import Arm, Base, Claim, Cluster, Data, Evaluation, Guide
 from orchestration.wording import one_line
 from workers.codecs import CodecConfig
@@ -135,7 +136,7 @@ class Experiment(Frozen):
 
     def _check_samplers(self) -> None:
         lowest, highest = times_defined(self.path, self.prediction)
-        for sampler in self.evaluation.samplers:
+        for sampler in (*self.evaluation.samplers, *self.evaluation.slow_flow_samplers):
             end = sampler.end if not sampler.is_sde or sampler.last_step == "none" else 1 - sampler.last_step_size
             if sampler.start < lowest or end > highest:
                 raise ValueError(
@@ -263,6 +264,16 @@ class Experiment(Frozen):
     def sampling_run(self) -> RunConfig:
         """The run configuration as far as sampling reads it, which is the same for all arms."""
         return self._run(self.standard, self.training, 0)
+
+    @property
+    def slow_flow_samplers(self) -> tuple[Sampler, ...]:
+        """The samplers of the Slow Flow measurement: those that are given, or the two that it has otherwise."""
+        start, end = times_defined(self.path, self.prediction)
+        ours = (
+            Sampler("euler", 20, start=start, end=end),
+            Sampler("sde", 8, start=start, end=0.96, last_step="none"),
+        )
+        return self.evaluation.slow_flow_samplers or ours
 
     def sampling_seed(self, pair: int) -> int:
         """Seed of the starting noise of a pair, the same in every arm."""

@@ -7,13 +7,14 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from orchestration.page import picture
+from orchestration.page import COLOURS, picture
 from orchestration.titles import lower_is_better, short_title
 
 METHODS = ("sde_heun", "dopri5", "euler", "heun", "sde")
 STYLES = {"euler": "o-", "heun": "s", "sde": "^"}
 # Methods share an NFE: a little room between them keeps their bars apart.
 SHIFTS = {"euler": 0.0, "heun": 0.3, "sde": -0.3}
+LINE, ERROR_FREE = "#1f77b4", "#d62728"
 Curve = Sequence[tuple[int, float]]  # (step, value)
 
 
@@ -108,32 +109,80 @@ def training_curves(curves: Mapping[str, Mapping[str, Sequence[Curve]]], colours
     return picture(draw, (12, 4.2))
 
 
-def slow_flow_plot(measured: Mapping[str, Mapping[str, Any]]) -> bytes:
-    """PNG of the base (before) and arms (after): slowed time against sampling time, and the probe's lag."""
+def slow_flow_plot(columns: Mapping[str, Mapping[str, Any]]) -> bytes:
+    """PNG of what `measure_slow_flow` read of a model with a sampler, a column each; the error-free field's is dashed.
+
+    Rows: m_t of rollouts against a real image of the class; m_t of real pairs continued from s, a colour each; the
+    probe's lag; the velocity deficit on generated and on true states. Bands of the first and third hold the middle 50
+    and 90 % of samples, those of the others a 95 % interval.
+
+    Args:
+        columns: title -> `model` and `error_free` of one sampler.
+    """
     rows = (
-        ("slowed_time", "Slow Flow: nearest time on a real path"),
-        ("probe_ode", "probe lag, Euler 20"),
-        ("probe_sde", "probe lag, SDE 8"),
+        (_draw_rollouts, "m, rollout against a\nreal image of its class"),
+        (_draw_continued, "m, real pairs\ncontinued from s"),
+        (_draw_lag, "noise-level probe,\ngenerated minus true"),
+        (_draw_deficits, "velocity deficit\n1 - E|u|^2 / E|v|^2"),
     )
 
     def draw(figure: Any) -> None:
-        axes = figure.subplots(len(rows), len(measured), sharey="row", squeeze=False)
-        for row, (key, title) in enumerate(rows):
-            for axis, (name, result) in zip(axes[row], measured.items(), strict=True):
-                q = result[key]
-                t, values = q["times"], list(zip(*q["values"], strict=True))
-                axis.fill_between(t, values[0], values[-1], alpha=0.2, color="#1f77b4", lw=0)
-                axis.fill_between(t, values[1], values[-2], alpha=0.35, color="#1f77b4", lw=0)
-                axis.plot(t, values[2], color="#1f77b4", lw=1.5)
-                axis.plot([0, 1], [0, 1] if key == "slowed_time" else [0, 0], "k--", lw=0.8)
-                axis.set_title(f"{'before: ' if name == 'base' else 'after: '}{name}" if row == 0 else "", fontsize=9)
+        axes = figure.subplots(len(rows), len(columns), sharey="row", squeeze=False)
+        for row, (drawn, title) in enumerate(rows):
+            for axis, (name, found) in zip(axes[row], columns.items(), strict=True):
+                drawn(axis, found["model"], "-")
+                if not isinstance(found["error_free"], str):
+                    drawn(axis, found["error_free"], "--")
+                axis.set_title(name if row == 0 else "", fontsize=9)
                 axis.tick_params(labelsize=7)
                 axis.grid(alpha=0.25)
             axes[row][0].set_ylabel(title, fontsize=8)
         for axis in axes[-1]:
             axis.set_xlabel("sampling time t (0 noise, 1 data)", fontsize=8)
+            axis.legend(fontsize=7)
 
-    return picture(draw, (3.4 * len(measured), 8))
+    return picture(draw, (max(3.4 * len(columns), 4), 10))
+
+
+def _draw_rollouts(axis: Any, found: Mapping[str, Any], line: str) -> None:
+    axis.plot([0, 1], [0, 1], "k:", lw=0.8)
+    _draw_quantiles(axis, found["same_class"], line)
+
+
+def _draw_lag(axis: Any, found: Mapping[str, Any], line: str) -> None:
+    axis.plot([0, 1], [0, 0], "k:", lw=0.8)
+    _draw_quantiles(axis, found["probe"], line)
+
+
+def _draw_quantiles(axis: Any, q: Mapping[str, Any], line: str) -> None:
+    """Median and the bands of the middle 90 and 50 %; of the error-free field the band's ends alone."""
+    t, values = q["times"], list(zip(*q["values"], strict=True))
+    axis.plot(t, values[2], line, color=LINE if line == "-" else ERROR_FREE, lw=1.5)
+    if line == "-":
+        axis.fill_between(t, values[0], values[-1], alpha=0.2, color=LINE, lw=0)
+        axis.fill_between(t, values[1], values[-2], alpha=0.35, color=LINE, lw=0)
+    else:
+        for end in (values[0], values[-1]):
+            axis.plot(t, end, line, color=ERROR_FREE, lw=0.7)
+
+
+def _draw_continued(axis: Any, found: Mapping[str, Any], line: str) -> None:
+    axis.plot([0, 1], [0, 1], "k:", lw=0.8)
+    for part, colour in zip(found["continuation"], COLOURS, strict=False):
+        t, middle = part["times"], len(part["levels"]) // 2
+        median, low, high = ([row[middle] for row in part[key]] for key in ("values", "low", "high"))
+        axis.plot([part["from"], *t], [part["from"], *median], line, color=colour, lw=1.3)
+        if line == "-" and None not in (*low, *high):  # a median of fewer than six samples has no interval
+            axis.fill_between(t, low, high, alpha=0.3, color=colour, lw=0)
+
+
+def _draw_deficits(axis: Any, found: Mapping[str, Any], line: str) -> None:
+    whose = "" if line == "-" else ", error-free"
+    for key, colour in (("deficit_generated", LINE), ("deficit_true", ERROR_FREE)):
+        value, low, high = zip(*found[key], strict=True)
+        label = f"on {key.removeprefix('deficit_')} states{whose}"
+        axis.plot(found["deficit_times"], value, line, color=colour, lw=1.3, label=label)
+        axis.fill_between(found["deficit_times"], low, high, alpha=0.2, color=colour, lw=0)
 
 
 def times_plot(realised: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str]) -> bytes:

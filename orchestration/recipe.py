@@ -16,6 +16,7 @@ from orchestration.experiment import Experiment
 from orchestration.wording import nearest, one_line
 
 TO_BE_GIVEN = "TO-BE-GIVEN"  # stands in a recipe for a path or hash that only its user knows
+ALIAS, ALIASED = "mixflow_gamma", "mixture.gamma"  # as other trainers call it
 PATHS = (
     "data.shards", "data.images.source", "data.images.features", "data.images.text_encoders",
     "codec.weights", "codec.decoder", "codec.statistics", "base.checkpoint", "guide.checkpoint",
@@ -66,8 +67,10 @@ def read(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     """The settings as they are written and overridden, not validated.
 
     A file may name another as `extends`, whose sections it takes where it has none of its own, and under `scales` sets
-    of overrides by name, of which `scale=<name>` chooses one; what is overridden beside it comes after.
+    of overrides by name, of which `scale=<name>` chooses one; what is overridden beside it comes after. At the top of a
+    file or overridden, `mixflow_gamma` is another name of mixture.gamma.
     """
+    _check_alias(overrides)
     raw = _extended(name)
     scales = raw.pop("scales", None) or {}
     for override in overrides:
@@ -83,15 +86,47 @@ def read(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
 
 def _extended(name: str) -> dict[str, Any]:
     raw = _read(name)
+    gamma = _pop_alias(name, raw)
     parent = raw.pop("extends", None)
     if parent is None:
-        return raw
+        return _with_gamma(raw, gamma)
     if not isinstance(parent, str) or parent == name:
         raise ValueError(f"{name}: extends must name another recipe or file, got {parent!r}; correct it")
     inherited = _read(parent)
     if "extends" in inherited:
         raise ValueError(f"{name}: extends must name a recipe that extends none itself, got {parent!r}; name that one")
-    return {**inherited, **raw}
+    inherited = _with_gamma(inherited, _pop_alias(parent, inherited))
+    return _with_gamma({**inherited, **raw}, gamma)
+
+
+def _pop_alias(name: str, raw: dict[str, Any]) -> list[Any]:
+    """A file's `mixflow_gamma`, which is another name of mixture.gamma: none or one."""
+    if ALIAS not in raw:
+        return []
+    gamma, mixture = raw.pop(ALIAS), raw.get("mixture")
+    if isinstance(mixture, dict) and mixture.get("gamma", gamma) != gamma:
+        raise ValueError(
+            f"{name}: {ALIAS} must equal {ALIASED} where both are given, got {gamma!r} and {mixture['gamma']!r}; "
+            "remove one"
+        )
+    return [gamma]
+
+
+def _with_gamma(raw: dict[str, Any], gamma: list[Any]) -> dict[str, Any]:
+    for value in gamma:
+        _put(raw, ALIAS, value)
+    return raw
+
+
+def _check_alias(overrides: Sequence[str]) -> None:
+    """The alias and its key may not contradict each other; of one key given twice the later counts, as of any."""
+    given = parse_overrides([o for o in overrides if o.partition("=")[0] == ALIASED])
+    alias = parse_overrides([o for o in overrides if o.partition("=")[0] == ALIAS])
+    if given and alias and given != alias:
+        raise ValueError(
+            f"--set {ALIAS} must equal {ALIASED} where both are given, got {alias['mixture']['gamma']!r} and "
+            f"{given['mixture']['gamma']!r}; remove one"
+        )
 
 
 def _rescale(raw: dict[str, Any], scales: Any, scale: str) -> None:
@@ -203,7 +238,7 @@ def _apply(raw: dict[str, Any], override: str) -> None:
 
 
 def _put(raw: dict[str, Any], key: str, value: Any) -> None:
-    *parents, last = key.split(".")
+    *parents, last = (ALIASED if key == ALIAS else key).split(".")
     target: Any = raw
     for parent in parents:
         target = _step(target, parent, key)

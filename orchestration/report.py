@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from itertools import cycle
 from pathlib import Path
@@ -24,9 +24,10 @@ def write_report(workspace: Workspace, summary: Mapping[str, Any], directory: Pa
     arms, nfe, metrics = summary["arms"], summary["protocol"]["nfe"], metrics_of(summary)
     colours = dict(zip(experiment.arms, cycle(COLOURS), strict=False))
     counts = count_curves(arms, summary["primary"].partition("/")[2], colours)
+    slow_flow = _slow_flow_figures(workspace)
     figures = {
         "metrics.png": metric_curves(arms, metrics, nfe, colours),
-        "slow_flow.png": slow_flow_plot(_slow_flow_results(workspace)),
+        **slow_flow,
         "times.png": times_plot(_realised_times(workspace), colours),
         **({"counts.png": counts} if counts else {}),
     }
@@ -41,6 +42,7 @@ def write_report(workspace: Workspace, summary: Mapping[str, Any], directory: Pa
         metrics=metrics,
         cells=[s.name for s in experiment.evaluation.samplers],
         figures={name: data_uri(content) for name, content in figures.items()},
+        slow_flow=dict(zip((s.name for s in experiment.slow_flow_samplers), slow_flow, strict=True)),
         grids=_grids(workspace),
         cost=_cost(workspace),
         versions={name: metadata.version(name) for name in VERSIONS} | {"python": platform.python_version()},
@@ -77,15 +79,89 @@ def text_table(summary: Mapping[str, Any]) -> str:
 
 
 def slow_flow_table(measured: Mapping[str, Any]) -> str:
-    """Median and 5-95 % of each quantity at a few times, for a terminal."""
-    lines = [f"m_t <= t in {measured['share_slowed']:.1%} of states ({measured['num_samples']} rollouts)"]
-    for key in ("slowed_time", "probe_ode", "probe_sde"):
-        q = measured[key]
-        lines.append(f"{key}: median [5 %, 95 %]")
-        step = max(1, len(q["times"]) // 5)
-        for t, values in list(zip(q["times"], q["values"], strict=True))[step - 1 :: step]:
-            lines.append(f"  t = {t:.2f}  {values[2]:+.3f} [{values[0]:+.3f}, {values[-1]:+.3f}]")
+    """Every quantity at a few times, the error-free field's below the model's, for a terminal."""
+    lines = [
+        f"{measured['of']}: {measured['num_samples']} pairs; in brackets 95 % intervals over pairs; "
+        f"error-free: the exact field of the {measured['num_images']:,} training images"
+    ]
+    for sampler, found in measured["samplers"].items():
+        rows = [("model", found["model"])]
+        if isinstance(found["error_free"], str):
+            lines += [f"{sampler} (no error-free field: {found['error_free']})"]
+        else:
+            lines += [sampler]
+            rows.append(("error-free", found["error_free"]))
+        lines += _table(rows)
     return "\n".join(lines)
+
+
+def _table(rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[str]:
+    """Of one sampler, the model's and the error-free field's reading, by what is read."""
+    times, called = rows[0][1]["same_class"]["times"], rows[0][1]["deficit_times"]
+    picked, starts = _few(times), range(len(rows[0][1]["continuation"]))
+    blocks: list[tuple[str, list[float], Callable[[Mapping[str, Any], int], str]]] = [
+        ("rollout against a real image of its class: 5 %, median, 95 % of m; share with m <= t", times, _rollout),
+        ("mean lag of the noise-level probe; 0 is none, below 0 too noisy", times, _lag),
+        ("velocity deficit 1 - E|u|^2 / E|v|^2: on generated states; on true ones", called, _deficits),
+    ]
+    lines = []
+    for title, at, say in blocks:
+        lines.append(f"  {title}")
+        for i in picked:
+            lines += [f"    {_head(at[i], k)}{name:<11} {say(row, i)}" for k, (name, row) in enumerate(rows)]
+    for i in starts:
+        part = rows[0][1]["continuation"][i]
+        lines.append(f"  real pairs continued from s = {part['from']:.2f}: 5 %, median, 95 % of m")
+        for k, (name, row) in enumerate(rows):
+            text = _quantiles(row["continuation"][i], len(part["times"]) - 1)
+            lines.append(f"    {_head(part['times'][-1], k)}{name:<11} {text}")
+    return lines
+
+
+def _few(times: Sequence[float]) -> list[int]:
+    """Places of at most five times, the last included."""
+    count = min(5, len(times))
+    return [len(times) * (k + 1) // count - 1 for k in range(count)]
+
+
+def _head(t: float, row: int) -> str:
+    return f"t = {t:.2f}  " if row == 0 else " " * 10
+
+
+def _rollout(found: Mapping[str, Any], i: int) -> str:
+    share, low, high = found["slowed"][i]
+    return f"{_quantiles(found['same_class'], i)}  {share:.1%} [{low:.1%}, {high:.1%}]"
+
+
+def _lag(found: Mapping[str, Any], i: int) -> str:
+    return _with_ends(*found["probe_lag"][i])
+
+
+def _deficits(found: Mapping[str, Any], i: int) -> str:
+    return f"{_with_ends(*found['deficit_generated'][i])}  {_with_ends(*found['deficit_true'][i])}"
+
+
+def _quantiles(part: Mapping[str, Any], i: int) -> str:
+    rows = (part["values"][i], part["low"][i], part["high"][i])
+    return "  ".join(_with_ends(*(row[j] for row in rows)) for j in (0, len(part["levels"]) // 2, -1))
+
+
+def _with_ends(value: float, low: float | None, high: float | None) -> str:
+    ends = ", ".join("-" if end is None else f"{end:.3f}" for end in (low, high))
+    return f"{value:.3f} [{ends}]"
+
+
+def _slow_flow_figures(workspace: Workspace) -> dict[str, bytes]:
+    """A figure for each sampler, the base and every trained arm side by side."""
+    found = _slow_flow_results(workspace)
+    figures = {}
+    for sampler in workspace.experiment.slow_flow_samplers:
+        columns = {
+            f"{'before' if name == 'base' else 'after'}: {name}": measured["samplers"][sampler.name]
+            for name, measured in found.items()
+        }
+        figures[f"slow_flow_{cell_file(sampler.name)}.png"] = slow_flow_plot(columns)
+    return figures
 
 
 def _slow_flow_results(workspace: Workspace) -> dict[str, Any]:

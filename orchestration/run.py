@@ -232,9 +232,10 @@ def _finish(
     outcome: dict[str, Any] = {"workspace": workspace.storage.uri, "experiment": workspace.home}
     names = [stage.name for stage in stages]
     recorder.training()
-    if "slow-flow/base" in names:
-        outcome["slow_flow"] = _place_slow_flow(workspace)
-        recorder.artifacts([f"{workspace.home}/slow_flow_base.png"])
+    measured = [name for name in names if name.startswith("slow-flow/")]
+    if measured:  # the base's, or that of the one arm that was asked for
+        outcome["slow_flow"] = _place_slow_flow(workspace, measured[0])
+        recorder.artifacts([outcome["slow_flow"]["plot"].removeprefix(f"{workspace.storage.uri}/")])
     kinds = {stage.kind for stage in stages}
     if "metrics" in kinds:
         summary = results.summarise(workspace)
@@ -287,13 +288,15 @@ def _data(workspace: Workspace) -> dict[str, Any]:
     }
 
 
-def _place_slow_flow(workspace: Workspace) -> dict[str, Any]:
-    """The base's measurement with a plot of it at a place that can be remembered."""
-    artifact = workspace.result("slow-flow/base")
+def _place_slow_flow(workspace: Workspace, stage: str) -> dict[str, Any]:
+    """A model's measurement with a plot of it at a place that can be remembered."""
+    artifact, of = workspace.result(stage), stage.partition("/")[2]
     measured = json.loads(artifact.read("slow_flow.json"))
-    plot = f"{workspace.home}/slow_flow_base.png"
-    workspace.storage.put(plot, slow_flow_plot({"base": measured}))
-    return {"plot": f"{workspace.storage.uri}/{plot}", **measured}
+    plot = f"{workspace.home}/slow_flow_{of}.png"
+    columns = {f"{of}, {sampler}": read for sampler, read in measured["samplers"].items()}
+    workspace.storage.put(plot, slow_flow_plot(columns))
+    uri = workspace.storage.uri
+    return {"of": of, "plot": f"{uri}/{plot}", "measured": f"{artifact.full_uri}/slow_flow.json", **measured}
 
 
 def _arms(summary: Mapping[str, Any]) -> list[dict[str, Any]]:

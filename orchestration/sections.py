@@ -161,7 +161,9 @@ class Evaluation(Frozen):
         primary: the declared cell of the verdict, `<metric>/<sampler><steps>/s<scale>`.
         effect: the relative difference that is asked about, for the number of pairs needed to see it.
         recall_margin: how far recall may fall below a control's before an arm cannot be promoted.
-        slow_flow_samples: rollouts of the Slow Flow measurement.
+        slow_flow_samples: pairs of noise and image of the Slow Flow measurement.
+        slow_flow_samplers: by which it generates states; none for Euler of 20 steps and an SDE of 8, over the times at
+            which the model's prediction is defined.
     """
 
     samplers: tuple[Sampler, ...] = Field(min_length=1)
@@ -174,13 +176,15 @@ class Evaluation(Frozen):
     primary: str
     effect: float = Field(default=0.05, gt=0, lt=1)
     recall_margin: float = Field(default=0.02, ge=0, le=1)
-    slow_flow_samples: int = Field(default=500, ge=10, le=1_000_000)
+    slow_flow_samples: int = Field(default=250, ge=10, le=1_000_000)
+    slow_flow_samplers: tuple[Sampler, ...] = ()
 
     @model_validator(mode="after")
     def _declared(self) -> Self:
         cells = [sampler.name for sampler in self.samplers]
-        if len(set(cells)) < len(cells):
-            raise ValueError(f"samplers must differ from one another, got {cells}; remove the repeated one")
+        for key, names in (("samplers", cells), ("slow_flow_samplers", [s.name for s in self.slow_flow_samplers])):
+            if len(set(names)) < len(names):
+                raise ValueError(f"{key} must differ from one another, got {names}; remove the repeated one")
         metric, _, cell = self.primary.partition("/")
         if metric not in self.metrics or cell not in cells:
             hint = "; add the extractor inception" if metric in PUBLISHED.values() else ""

@@ -120,7 +120,7 @@ def _train(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[st
 
 
 def _slow_flow(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[str, Any]:
-    """One model's Slow Flow, on rank 0: a second of work."""
+    """One model's Slow Flow, on rank 0: seconds of work."""
     if site.rank == 0:
         data, run = data_of(site, inputs)["train"], site.workspace.experiment.sampling_run()
         probe = new_probe(run.model.in_channels, run.model.input_size)
@@ -130,9 +130,12 @@ def _slow_flow(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dic
             run,
             data,
             probe.eval(),
+            [_sampler(sampler) for sampler in stage.settings["samplers"]],
             num_samples=stage.settings["num_samples"],
+            batch_size=stage.settings["batch_size"],
             seed=stage.settings["seed"],
             device=site.device,
+            guide=_guide(site, inputs),
         )
         (directory / "slow_flow.json").write_text(json.dumps(measured, indent=1))
     return {}

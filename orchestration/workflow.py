@@ -21,6 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from mixflow_core.samplers import Sampler
 from orchestration.experiment import Experiment
 from orchestration.parts import Parts
 from orchestration.storage import Storage, open_storage
@@ -165,8 +166,19 @@ def _sampled(e: Experiment) -> dict[str, Any]:
 
 
 def _slow_flow_stage(e: Experiment, of: str, weights: tuple[str, ...]) -> Stage:
-    settings = {"run": _sampled(e), "num_samples": e.evaluation.slow_flow_samples, "seed": e.sampling_seed(0)}
-    return Stage(f"slow-flow/{of}", settings, ("data", "features", *weights))
+    settings = {
+        "run": _sampled(e),
+        "samplers": [asdict(sampler) for sampler in e.slow_flow_samplers],
+        "num_samples": e.evaluation.slow_flow_samples,
+        "batch_size": e.evaluation.sample_batch_size,
+        "seed": e.sampling_seed(0),
+    }
+    beside = ("guide",) if any(map(_needs_guide, e.slow_flow_samplers)) else ()
+    return Stage(f"slow-flow/{of}", settings, ("data", "features", *weights, *beside))
+
+
+def _needs_guide(sampler: Sampler) -> bool:
+    return sampler.guidance == "autoguidance" and sampler.guidance_scale != 1
 
 
 def _sample_stage(e: Experiment, arm: str, pair: int) -> Stage:
@@ -181,7 +193,7 @@ def _sample_stage(e: Experiment, arm: str, pair: int) -> Stage:
         "seed": e.sampling_seed(pair),
         **({"codec": {**asdict(e.codec), **dict.fromkeys(PATHS_OF_CODEC)}} if e.codec else {}),
     }
-    guided = any(s.guidance == "autoguidance" and s.guidance_scale != 1 for s in cells)
+    guided = any(map(_needs_guide, cells))
     # Captions and their embeddings lie beside the images.
     beside = (*(["guide"] if guided else []), *(["data"] if e.model.family == "sd3" else []))
     return Stage(f"samples/{arm}/{pair}", settings, (*_weights_of(e, arm, pair), *beside))

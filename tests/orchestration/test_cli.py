@@ -1,6 +1,7 @@
 """The command line under wrong input: one line on stderr, exit code 2, and nothing started or written."""
 # ruff: noqa: F401, F811 - fixtures are imported, and then named as arguments
 
+import argparse
 import hashlib
 import json
 import os
@@ -215,6 +216,37 @@ def test_guidance_without_a_null_label_in_a_file(refused, recipe):
 @pytest.mark.parametrize("verb", ["run", "train"])
 def test_resume_needs_something_to_resume(refused, verb):
     assert "--resume needs an earlier run of quickstart" in refused(verb, "quickstart", "--resume")
+
+
+@pytest.mark.parametrize(
+    ("argv", "words"),
+    [
+        (["none"], "the arm to measure must be one of base, standard, mixflow, matched, got 'none'"),
+        (["--checkpoint", "x.safetensors"], "--checkpoint and --sha256 must be given together; sha256sum FILE"),
+        (["--sha256", "0" * 64], "--checkpoint and --sha256 must be given together; sha256sum FILE"),
+        (["mixflow", "--checkpoint", "x", "--sha256", "0" * 64], "--checkpoint must be left out for an arm"),
+        (["--checkpoint", "x.safetensors", "--sha256", "abc"], "base.sha256 must match ^[0-9a-f]{64}$, got 'abc'"),
+        (["--checkpoint", "x: y.safetensors", "--sha256", "0" * 64], "x: y.safetensors"),
+    ],
+)
+def test_what_slow_flow_cannot_measure(refused, argv, words):
+    assert words in refused("slow-flow", "quickstart", *argv)
+
+
+def test_a_checkpoint_takes_the_bases_place():
+    """By its hash, whatever its name, with the times that the experiment says its base was trained with."""
+    from orchestration.cli import _checkpoint
+    from orchestration.recipe import load
+    from orchestration.workflow import stages_of
+
+    def stages(path: str, *overrides: str) -> dict:
+        arguments = argparse.Namespace(checkpoint=path, sha256="1" * 64, arm=None)
+        return {s.name: s for s in stages_of(load("quickstart", [*overrides, *_checkpoint(arguments)]))}
+
+    one = stages("/a/x.pt")
+    assert one["base"].settings["sha256"] == "1" * 64
+    assert one["slow-flow/base"].inputs == ("data", "features", "base")
+    assert stages("/b/1e3.pt", "bases=2")["base"] == one["base"]
 
 
 def test_force_needs_a_stage(refused):

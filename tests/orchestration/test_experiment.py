@@ -127,6 +127,24 @@ def test_a_recipe_survives_json(recipe):
     assert [stage.settings for stage in stages_of(again)] == [stage.settings for stage in stages_of(experiment)]
 
 
+@pytest.mark.parametrize("recipe", PUBLISHED)
+def test_slow_flow_costs_at_most_a_twentieth_of_a_published_recipes_training(recipe):
+    """In network evaluations, one forward and a backward of twice its work a training image.
+
+    A pair takes one rollout, what is left after a third and two thirds of it, and ten times at which true states are
+    read; Heun asks twice a step, guidance doubles that. The guided samplers of the recipe are dearer than the two that
+    are measured where none are given.
+    """
+    experiment = validated(recipe, filled(read(recipe)))
+    training = experiment.training.steps * experiment.training.global_batch_size * 3
+    for samplers in (experiment.slow_flow_samplers, experiment.evaluation.samplers):
+        evaluations = 0
+        for sampler in samplers:
+            a_step = (2 if sampler.method in ("heun", "sde_heun") else 1) * (1 if sampler.guidance_scale == 1 else 2)
+            evaluations += a_step * (2 * sampler.num_steps + 1) + 2 * 10
+        assert evaluations * experiment.evaluation.slow_flow_samples <= 0.05 * training
+
+
 def test_the_recipes_are_there():
     assert {"quickstart", "digits32", "correctives", *TABLES, *PUBLISHED} == set(recipes())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import shutil
@@ -13,13 +14,17 @@ import torch
 from stage_group import SMALL, run_group
 
 from orchestration import stages
+from orchestration.cli import _checkpoint, main
 from orchestration.convert import export_samples
 from orchestration.progress import Progress
 from orchestration.recipe import load
 from orchestration.run import Place, _driver_stages
+from orchestration.site import Site
+from orchestration.stages import run_stages
 from orchestration.storage import open_storage
 from orchestration.workflow import Workspace
 from workers.data import digits
+from workers.manifest import measure
 from workers.sample import read_part
 
 BEFORE = ("base", "features", "reference", "slow-flow", "arms")
@@ -40,6 +45,42 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     progress.close()
     run_group(1, directory, BEFORE)
     return directory
+
+
+def test_slow_flow_of_an_arm_is_shown_where_it_was_measured(trained, capsys, monkeypatch):
+    """All that it needs is done, so that nothing is started; numbers and figure are the arm's own."""
+    monkeypatch.setenv("MIXFLOW_WORKSPACE", str(trained / "ws"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{trained}/mlflow.db")
+    settings = [word for override in SMALL for word in ("--set", override)]
+    assert main(["slow-flow", "quickstart", "mixflow", *settings, "--json"]) == 0, capsys.readouterr().err
+    found = json.loads(capsys.readouterr().out)
+    assert {stage["state"] for stage in found["stages"]} == {"reused"}
+    needed = ["data", "base", "features", "arms/mixflow/0", "slow-flow/mixflow"]
+    assert [stage["name"] for stage in found["stages"]] == needed
+    shown, workspace = found["slow_flow"], workspace_of(trained)
+    assert shown["of"] == "mixflow"
+    read = json.loads(workspace.result("slow-flow/mixflow").read("slow_flow.json"))
+    assert shown["samplers"] == read["samplers"]
+    assert read != json.loads(workspace.result("slow-flow/base").read("slow_flow.json"))
+    assert json.loads(Path(shown["measured"]).read_text()) == read
+    assert shown["plot"].endswith("slow_flow_mixflow.png")
+    assert Path(shown["plot"]).read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_arms_weights_measured_as_a_checkpoint_say_the_same(trained, tmp_path):
+    weights = workspace_of(trained).result("arms/mixflow/0").fetch(tmp_path) / "weights.safetensors"
+    path = str(shutil.copy(weights, tmp_path / "another.safetensors"))
+    arguments = argparse.Namespace(checkpoint=path, sha256=measure(Path(path)).sha256, arm=None)
+    experiment = load("quickstart", [*SMALL, *_checkpoint(arguments)])
+    workspace = Workspace(experiment, open_storage(str(copy_of(trained, tmp_path / "copy") / "ws")))
+    needed = [workspace.stages[name] for name in ("data", "base", "features", "slow-flow/base")]
+    progress = Progress([stage.name for stage in needed], 0)
+    _driver_stages(workspace, needed, progress)
+    progress.close()
+    site = Site(workspace, 0, 1, torch.device("cpu"), tmp_path / "cache", lambda *told: None)
+    run_stages(site, needed[2:])
+    found = json.loads(workspace.result("slow-flow/base").read("slow_flow.json"))
+    assert found == json.loads(workspace_of(trained).result("slow-flow/mixflow").read("slow_flow.json"))
 
 
 def copy_of(trained: Path, target: Path) -> Path:

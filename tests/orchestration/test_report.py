@@ -12,14 +12,15 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from test_results import ARM_LEVELS, CELLS, PRIMARY, Fabricated
+from test_results import ARM_LEVELS, CELLS, PRIMARY, Fabricated, slow_flow_of
 
-from orchestration.report import text_table, write_report
+from orchestration.report import slow_flow_table, text_table, write_report
 from orchestration.results import format_interval, summarise
 from orchestration.titles import companions, title
 from workers.evaluate import metrics_of
 
 METRICS = metrics_of(["digits"])
+SLOW_FLOW = ("slow_flow_euler20-s1.png", "slow_flow_sde8-to0.96-last_none-s1.png")
 HOSTILE = "<b onclick=alert(1)>&\"'"
 
 
@@ -67,7 +68,7 @@ def test_the_page_needs_no_other_file(written):
         for name, value in attributes.items()
         if name in ("src", "href", "srcset", "data", "poster", "action", "background")
     ]
-    assert len(fetched) == 3 + len(CELLS) * len(ARM_LEVELS)
+    assert len(fetched) == 4 + len(CELLS) * len(ARM_LEVELS)
     assert all(str(value).startswith("data:image/png;base64,") for value in fetched)
     assert {"link", "iframe", "object", "embed", "base"}.isdisjoint(tag for tag, _ in page.tags)
     assert not re.search(r"url\(|@import|fetch\(|XMLHttpRequest", page.source)
@@ -87,10 +88,11 @@ def test_the_figures_are_pictures_and_the_grids_are_those_of_the_samples(written
     page, _, directory, _ = written
     images = [str(attributes["src"]).partition(",")[2] for tag, attributes in page.tags if tag == "img"]
     contents = [base64.b64decode(image, validate=True) for image in images]
-    for content, name in zip(contents[:3], ("metrics.png", "slow_flow.png", "times.png"), strict=True):
+    names = ("metrics.png", *SLOW_FLOW, "times.png")
+    for content, name in zip(contents[:4], names, strict=True):
         assert content == (directory / name).read_bytes()
         assert min(Image.open(io.BytesIO(content)).size) > 300
-    assert contents[3:] == [f"png of {arm} 0 {cell}".encode() for cell in CELLS for arm in ARM_LEVELS]
+    assert contents[4:] == [f"png of {arm} 0 {cell}".encode() for cell in CELLS for arm in ARM_LEVELS]
 
 
 def test_everything_is_said(written):
@@ -136,7 +138,7 @@ def test_results_json_is_the_summary(written):
     _, summary, directory, _ = written
     assert json.loads((directory / "results.json").read_text()) == json.loads(json.dumps(summary))
     assert sorted(path.name for path in directory.iterdir()) == [
-        *("metrics.png", "report.html", "results.json", "slow_flow.png", "times.png")
+        *("metrics.png", "report.html", "results.json", *SLOW_FLOW, "times.png")
     ]
 
 
@@ -257,3 +259,20 @@ def test_titles_of_metrics_and_what_stands_beside_them(metric, text, beside):
     assert title(metric) == text
     assert companions(metric, known) == beside
     assert companions(metric, []) == []
+
+
+def test_slow_flow_for_a_terminal(written):
+    """Every number of the made-up measurement with its interval, an end that few samples do not give as a dash."""
+    table = slow_flow_table({"of": "mixflow", **slow_flow_of(written[3].experiment)})
+    lines = [line.strip() for line in table.splitlines()]
+    assert lines[0].startswith("mixflow: 500 pairs;")
+    assert lines[0].endswith("the exact field of the 1,200 training images")
+    assert lines[1] == "euler20/s1"
+    last = "0.200 [-, 0.200]  0.400 [0.400, 0.400]  0.600 [0.600, -]"
+    assert f"t = 1.00  model       {last}  50.0% [43.8%, 56.2%]" in lines
+    assert "t = 0.50  model       0.250 [0.125, 0.375]" in lines
+    assert "error-free  0.000 [-0.062, 0.062]" in lines
+    assert "t = 0.00  model       0.250 [0.125, 0.375]  0.250 [0.125, 0.375]" in lines
+    assert lines.count("real pairs continued from s = 0.25: 5 %, median, 95 % of m") == 2
+    (without,) = [i for i, line in enumerate(lines) if line.endswith("(no error-free field: it was left out)")]
+    assert not any("error-free" in line for line in lines[without + 1 :])

@@ -190,6 +190,24 @@ def metric_value(arm: str, replicate: int, cell: str, metric: str) -> float:
     return ARM_LEVELS.get(arm, 9.0) + slope * NOISE[replicate] / 2 + 20 * CELLS.index(cell) + 50 * METRICS.index(metric)
 
 
+def slow_flow_of(experiment: Experiment) -> dict[str, Any]:
+    """A measurement, made up: of the first sampler with an error-free field, of the others without."""
+    rows = [[0.1, 0.2, 0.3, 0.4, 0.5], [0.2, 0.3, 0.4, 0.5, 0.6]]
+    ends = {"low": [[None, *row[1:]] for row in rows], "high": [[*row[:-1], None] for row in rows]}
+    quantiles = {"times": [0.5, 1.0], "levels": [0.05, 0.25, 0.5, 0.75, 0.95], "values": rows, **ends}
+    intervals = [[0.25, 0.125, 0.375], [0.5, 0.4375, 0.5625]]
+    read = {
+        **dict.fromkeys(("same_class", "probe"), quantiles),
+        "continuation": [{"from": 0.25, **quantiles}],
+        "deficit_times": [0.0, 0.5],
+        **dict.fromkeys(("slowed", "probe_lag", "deficit_generated", "deficit_true"), intervals),
+    }
+    samplers = [sampler.name for sampler in experiment.slow_flow_samplers]
+    found = {name: {"model": read, "error_free": "it was left out"} for name in samplers}
+    found[samplers[0]] = {"model": read, "error_free": {**read, "probe_lag": [[0.0, -0.0625, 0.0625]] * 2}}
+    return {"num_samples": 500, "num_images": 1200, "samplers": found}
+
+
 class Fabricated:
     """A finished workspace without any training: every stage published, its files made up."""
 
@@ -226,9 +244,7 @@ class Fabricated:
         return {"weights.safetensors": f"{arm} {replicate}".encode(), "times.json": json.dumps(times).encode()}, {}
 
     def slow_flow(self, of: str) -> tuple[dict[str, bytes], dict[str, Any]]:
-        quantiles = {"times": [0.5, 1.0], "values": [[0.1, 0.2, 0.3, 0.4, 0.5], [0.2, 0.3, 0.4, 0.5, 0.6]]}
-        measured = dict.fromkeys(("slowed_time", "probe_ode", "probe_sde"), quantiles)
-        return {"slow_flow.json": json.dumps({"of": of, **measured}).encode()}, {}
+        return {"slow_flow.json": json.dumps(slow_flow_of(self.experiment)).encode()}, {}
 
     def samples(self, arm: str, replicate: str) -> tuple[dict[str, bytes], dict[str, Any]]:
         files = {f"{cell.replace('/', '-')}.png": f"png of {arm} {replicate} {cell}".encode() for cell in CELLS}

@@ -109,6 +109,17 @@ def test_a_setting_redoes_what_follows_it_and_nothing_else(storage, tmp_path, ov
     assert to_do(changed) == expected | {"report"}
 
 
+def test_what_slow_flow_depends_on(storage, tmp_path):
+    publish_all(workspace_of(storage), tmp_path)
+    every = of_kinds(workspace_of(storage), "slow-flow") | {"report"}
+    assert to_do(workspace_of(storage, "evaluation.slow_flow_samplers=[{method: heun, num_steps: 4}]")) == every
+    assert to_do(workspace_of(storage, "evaluation.slow_flow_samples=20")) == every
+    same = "{method: euler, num_steps: 20}, {method: sde, num_steps: 8, end: 0.96, last_step: none}"
+    assert to_do(workspace_of(storage, f"evaluation.slow_flow_samplers=[{same}]")) == {"report"}, (
+        "as they are where none are given"
+    )
+
+
 def test_names_cluster_and_replicates_redo_no_training(storage, tmp_path):
     publish_all(workspace_of(storage), tmp_path)
     assert to_do(workspace_of(storage, "cluster.num_workers=4", "cluster.max_failures=0")) == set()
