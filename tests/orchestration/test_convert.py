@@ -169,6 +169,26 @@ def test_what_is_given_must_be_known(given, message, tmp_path, capsys):
     assert "must hold tensors only" in refusal(capsys, "import", str(tmp_path / "text.pt"), str(tmp_path / "o.pt"))
 
 
+@pytest.mark.parametrize(
+    ("name", "family", "message"),
+    [
+        ("repa", "sit", "family must be repa for a file that has projectors, got 'sit'; leave it out"),
+        ("sit", "repa", "family must be sit for a file that has twice the input's channels in its output"),
+        ("bare", None, "family must be sit or repa for a file with neither projectors nor"),
+    ],
+)
+def test_the_family_is_the_files(name, family, message, tmp_path, capsys):
+    weights = NETWORKS["repa" if name == "bare" else name].state_dict()
+    kept = {key: value for key, value in weights.items() if name != "bare" or not key.startswith("projectors")}
+    torch.save(kept, tmp_path / "x.pt")
+    asked = ["--family", family] if family else []
+    assert message in refusal(capsys, "import", str(tmp_path / "x.pt"), str(tmp_path / "o.pt"), *asked)
+    if name == "bare":
+        for number, its in enumerate(("sit", "repa")):
+            found = answer(capsys, "import", str(tmp_path / "x.pt"), str(tmp_path / f"{its}.pt"), "--family", its)
+            assert found["model"]["noise_at"] == number
+
+
 def test_export_refuses_what_there_is_not(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("MIXFLOW_WORKSPACE", str(tmp_path / "ws"))
     out = str(tmp_path / "out.pt")

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.models.checkpoints import count_of, family_of, infer_config
+from workers.models.checkpoints import count_of, family_of, infer_config, noise_at_of
 from workers.models.ddt import DiTDHConfig
 from workers.models.family import ModelConfig, build
 from workers.models.sd3 import SD3Config
+from workers.models.sit import SiTConfig
 
 _A = {"sit": "a sit", "ddt": "a ddt", "sd3": "an sd3"}
 
@@ -23,13 +24,20 @@ def check_architecture(weights: Mapping[str, Tensor], config: ModelConfig, name:
 
     Raises:
         ValueError: they differ, and the message names the first difference and the cure, or what the file is instead;
-            or a tensor holds no finite numbers.
+            or its time runs the other way; or a tensor holds no finite numbers.
     """
     plain = replace(config, lora_rank=0, lora_alpha=None) if isinstance(config, SD3Config) else config
     with torch.device("meta"):
         expected = {key: tuple(value.shape) for key, value in build(plain).state_dict().items()}
     found = {key: tuple(value.shape) for key, value in weights.items()}
     if found == expected:
+        told = noise_at_of(found) if isinstance(config, SiTConfig) else None
+        if isinstance(config, SiTConfig) and told not in (None, config.noise_at):
+            has = "projectors, as REPA's have" if told else "twice the channels in its output, as SiT's have"
+            raise ValueError(
+                f"checkpoint {name} must run in its own time, noise_at {told}, since it has {has}, "
+                f"got {config.noise_at}; set model.noise_at to {told}"
+            )
         for key, value in weights.items():
             numbers = value.float() if value.itemsize == 1 else value  # isfinite does not know every 8-bit float
             if not value.is_floating_point() or not bool(torch.isfinite(numbers).all()):
@@ -80,8 +88,10 @@ def _nearest(weights: Mapping[str, Tensor], config: ModelConfig) -> ModelConfig:
     given |= {"projector_depth": min(config.projector_depth, depth)}
     if "blocks.0.attn.q_norm.weight" not in weights:
         given |= {"num_heads": config.num_heads}
-    # Without projectors nothing in a file tells which way its time runs: the model's own setting stays.
-    return infer_config(weights, family="repa" if config.noise_at == 1 else None, **given)
+    told = noise_at_of({name: tuple(value.shape) for name, value in weights.items()})
+    # Where nothing in a file tells which way its time runs, the model's own setting stays.
+    noise_at = config.noise_at if told is None else told
+    return infer_config(weights, family="repa" if noise_at else "sit", **given)
 
 
 def _settings_of_sd3(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
