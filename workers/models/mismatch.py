@@ -19,8 +19,16 @@ from workers.models.sit import SiTConfig
 _A = {"sit": "a sit", "ddt": "a ddt", "sd3": "an sd3"}
 
 
-def check_architecture(weights: Mapping[str, Tensor], config: ModelConfig, name: str) -> None:
+def check_architecture(
+    weights: Mapping[str, Tensor], config: ModelConfig, name: str, *, section: str = "model."
+) -> None:
     """Compares names and shapes with those of the model.
+
+    Args:
+        weights: of the file.
+        config: of the model.
+        name: of the file, for messages.
+        section: what stands before a setting's name in messages.
 
     Raises:
         ValueError: they differ, and the message names the first difference and the cure, or what the file is instead;
@@ -36,7 +44,7 @@ def check_architecture(weights: Mapping[str, Tensor], config: ModelConfig, name:
             has = "projectors, as REPA's have" if told else "twice the channels in its output, as SiT's have"
             raise ValueError(
                 f"checkpoint {name} must run in its own time, noise_at {told}, since it has {has}, "
-                f"got {config.noise_at}; set model.noise_at to {told}"
+                f"got {config.noise_at}; set {section}noise_at to {told}"
             )
         for key, value in weights.items():
             numbers = value.float() if value.itemsize == 1 else value  # isfinite does not know every 8-bit float
@@ -51,17 +59,17 @@ def check_architecture(weights: Mapping[str, Tensor], config: ModelConfig, name:
         problem = f"{unknown[0]} is not part of it ({len(unknown)} in all)"
     else:
         problem = f"{differing[0]} has shape {found[differing[0]]} instead of {expected[differing[0]]}"
-    raise ValueError(f"checkpoint {name} must fit the model, but {problem}; {_cure(weights, config)}")
+    raise ValueError(f"checkpoint {name} must fit the model, but {problem}; {_cure(weights, config, section)}")
 
 
-def _cure(weights: Mapping[str, Tensor], config: ModelConfig) -> str:
+def _cure(weights: Mapping[str, Tensor], config: ModelConfig, section: str) -> str:
     """What to set, from what the file says of itself."""
     family = family_of(weights)
     if family is None:
         return "it is of no known family; give a file of SiT, REPA, RAE or Stable Diffusion 3"
     if family != config.family:
         prints = "" if family == "sd3" else "; mixflow import prints its model section"
-        return f"it is {_A[family]}; set model.family{prints}"
+        return f"it is {_A[family]}; set {section}family{prints}"
     try:
         other = _nearest(weights, config)
     except (LookupError, TypeError, ZeroDivisionError):
@@ -73,7 +81,7 @@ def _cure(weights: Mapping[str, Tensor], config: ModelConfig) -> str:
     if other == config:
         return f"the file is incomplete or was altered, by its other tensors it is {_A[family]} with these settings"
     mine = {key: value for key, value in vars(other).items() if value != vars(config)[key]}
-    cure = "set " + ", ".join(f"model.{key} to {_plain(value)}" for key, value in mine.items())
+    cure = "set " + ", ".join(f"{section}{key} to {_plain(value)}" for key, value in mine.items())
     return f"{cure}, and alignment_weight to 0" if mine.get("projector_dims") == () else cure
 
 
