@@ -11,11 +11,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from pydantic import TypeAdapter, ValidationError
+
 from orchestration.bridge import NO_COUNTERPART, simpletuner_settings, transport_change
 from orchestration.experiment import Experiment
 from orchestration.recipe import TO_BE_GIVEN
 from orchestration.results import cell_file
 from orchestration.run import Place
+from orchestration.wording import one_line
 from orchestration.workflow import Workspace
 from workers.adm import write_samples
 from workers.manifest import measure
@@ -52,18 +55,12 @@ def import_weights(source: Path, target: Path, *, family: str | None, given: Map
     _check_target(target)
     if not source.exists():
         raise ValueError(f"the checkpoint to import must exist, got {str(source)!r}; correct the path")
-    weights = load_weights(source)
-    model: dict[str, Any]
+    if source.is_dir() and family:
+        raise ValueError(f"--family must be left out for a diffusers directory, which is SD3's, got {family!r}")
     if source.is_dir():
-        if family:
-            raise ValueError(f"--family must be left out for a diffusers directory, which is SD3's, got {family!r}")
-        unknown = sorted(given.keys() - {"input_size", "num_classes"})
-        if unknown:
-            raise ValueError(f"--set must be one of input_size, num_classes for SD3, got {unknown[0]!r}; correct it")
-        # The latent's side and the number of captions are the data set's, which a file does not know.
-        ours = {"family": "sd3", "input_size": TO_BE_GIVEN, "num_classes": TO_BE_GIVEN}
-        model = {**ours, **load_sd3(source)[0], **given}
+        model, weights = _read_sd3(source, given)
     else:
+        weights = load_weights(source)
         unknown = sorted(given.keys() - set(INFERABLE))
         wrong = [key for key, value in given.items() if not _is_number(value)]
         if unknown or wrong:
@@ -75,6 +72,32 @@ def import_weights(source: Path, target: Path, *, family: str | None, given: Map
     save_weights(weights, target)
     base = {"checkpoint": str(target.absolute()), "sha256": measure(target).sha256}
     return {"model": json.loads(json.dumps(model)), "base": base}
+
+
+def _read_sd3(source: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The model section and the weights of a diffusers directory, after checking one against the other."""
+    unknown = sorted(given.keys() - {"input_size", "num_classes"})
+    if unknown:
+        raise ValueError(f"--set must be one of input_size, num_classes for SD3, got {unknown[0]!r}; correct it")
+    _check_whole(given)
+    fields, weights = load_sd3(source)
+    patch = fields["patch_size"]
+    # The latent's side and the number of captions are the data set's, which a file does not know: any will do.
+    ours = {"input_size": patch if type(patch) is int and patch > 0 else 1, "num_classes": 1, **given}
+    try:
+        config = TypeAdapter(SD3Config).validate_json(json.dumps({**fields, **ours}))
+    except ValidationError as error:
+        text = one_line(error, SD3Config)
+        raise ValueError(f"{'--set' if text.split()[0] in given else f'{source}/config.json:'} {text}") from error
+    check_architecture(weights, config, source.name, section="config.json's ")
+    return {"family": "sd3", "input_size": TO_BE_GIVEN, "num_classes": TO_BE_GIVEN, **fields, **given}, weights
+
+
+def _check_whole(given: Mapping[str, Any]) -> None:
+    """Refuses values that are no whole numbers."""
+    for name, value in given.items():
+        if type(value) is not int:
+            raise ValueError(f"--set {name} must be a whole number, got {value!r}; correct it")
 
 
 def export_weights(

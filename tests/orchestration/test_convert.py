@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file, save_file
 from tiny_sd3 import config as sd3_config
 from tiny_sd3 import randomise
 
@@ -85,6 +86,47 @@ def test_a_diffusers_directory_goes_in_and_comes_out(tmp_path, capsys):
     assert SD3Config(**{**model, "input_size": 8, "num_classes": 3}) == config
     line = refusal(capsys, "import", str(tmp_path / "theirs"), str(tmp_path / "b.pt"), "--set", "num_layers=9")
     assert "--set must be one of input_size, num_classes for SD3, got 'num_layers'" in line
+
+
+def _edit(path: Path, change) -> None:
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(change(content)))
+
+
+def _retensor(directory: Path, change) -> None:
+    path = directory / "diffusion_pytorch_model.safetensors"
+    save_file(change(load_file(path)), path)
+
+
+@pytest.mark.parametrize(
+    ("damage", "given", "message"),
+    [
+        (lambda d: _retensor(d, lambda w: {k: v for k, v in w.items() if k != "proj_out.weight"}), (),
+         "proj_out.weight is missing (1 in all); the file is incomplete"),
+        (lambda d: _retensor(d, lambda w: {**w, "zzz": torch.zeros(2)}), (), "zzz is not part of it (1 in all)"),
+        (lambda d: _retensor(d, lambda w: {**w, "proj_out.weight": w["proj_out.weight"] * torch.nan}), (),
+         "must hold finite numbers, got others in proj_out.weight"),
+        (lambda d: _edit(d / "config.json", lambda c: {**c, "num_layers": 4}), (), "set config.json's num_layers to 3"),
+        (lambda d: _edit(d / "config.json", lambda c: {**c, "num_attention_heads": "x"}), (),
+         "theirs/config.json: num_attention_heads must be an integer, got 'x'"),
+        (lambda d: _edit(d / "config.json", lambda c: {**c, "patch_size": "x"}), (),
+         "theirs/config.json: patch_size must be an integer, got 'x'"),
+        (lambda d: _edit(d / "config.json", lambda c: {**c, "patch_size": 0}), (),
+         "theirs/config.json: patch_size must be at least 1, got 0"),
+        (lambda d: _edit(d / "config.json", lambda c: {**c, "dual_attention_layers": None}), (),
+         "theirs/config.json must have a list as dual_attention_layers, got None"),
+        (lambda d: _edit(d / "config.json", lambda c: [c]), (), "theirs/config.json must hold a map of settings, got"),
+        (lambda d: None, ("input_size=abc",), "--set input_size must be a whole number, got 'abc'"),
+        (lambda d: None, ("input_size=-3", "num_classes=0"), "--set input_size must be at least 1, got -3"),
+        (lambda d: None, ("num_classes=0",), "--set num_classes must be at least 1, got 0"),
+    ],
+)  # fmt: skip
+def test_a_diffusers_directory_that_is_not_sound_is_not_imported(damage, given, message, tmp_path, capsys):
+    save_sd3(tmp_path / "theirs", sd3_config(), SD3(sd3_config()).initialise(0).state_dict())
+    damage(tmp_path / "theirs")
+    argv = [part for setting in given for part in ("--set", setting)]
+    assert message in refusal(capsys, "import", str(tmp_path / "theirs"), str(tmp_path / "o.safetensors"), *argv)
+    assert not (tmp_path / "o.safetensors").exists()
 
 
 def test_a_tensor_that_was_altered_in_a_pt_file_is_noticed(tmp_path, capsys):
@@ -167,6 +209,26 @@ def test_what_is_given_must_be_known(given, message, tmp_path, capsys):
     assert "sparse.pt must hold dense tensors of plain numbers, got another kind in pos_embed" in line
     (tmp_path / "text.pt").write_text("hello")
     assert "must hold tensors only" in refusal(capsys, "import", str(tmp_path / "text.pt"), str(tmp_path / "o.pt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "family", "message"),
+    [
+        ("repa", "sit", "family must be repa for a file that has projectors, got 'sit'; leave it out"),
+        ("sit", "repa", "family must be sit for a file that has twice the input's channels in its output"),
+        ("bare", None, "family must be sit or repa for a file with neither projectors nor"),
+    ],
+)
+def test_the_family_is_the_files(name, family, message, tmp_path, capsys):
+    weights = NETWORKS["repa" if name == "bare" else name].state_dict()
+    kept = {key: value for key, value in weights.items() if name != "bare" or not key.startswith("projectors")}
+    torch.save(kept, tmp_path / "x.pt")
+    asked = ["--family", family] if family else []
+    assert message in refusal(capsys, "import", str(tmp_path / "x.pt"), str(tmp_path / "o.pt"), *asked)
+    if name == "bare":
+        for number, its in enumerate(("sit", "repa")):
+            found = answer(capsys, "import", str(tmp_path / "x.pt"), str(tmp_path / f"{its}.pt"), "--family", its)
+            assert found["model"]["noise_at"] == number
 
 
 def test_export_refuses_what_there_is_not(tmp_path, capsys, monkeypatch):

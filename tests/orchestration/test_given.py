@@ -52,6 +52,11 @@ def test_what_is_all_there_is_planned(refused, family):
     assert refused(family, code=0) == ""
 
 
+def test_alignment_is_switched_off_without_a_dinov2(refused):
+    off = ("alignment_weight=0", "data.images.features=null", "data.images.features_sha256=null")
+    assert refused("repa", *off, code=0) == ""
+
+
 @pytest.mark.parametrize("uri", ["https://x/y", "HTTPS://x/y", "gs://bucket/y", "s3://x/y"])
 @pytest.mark.parametrize(
     ("family", "setting"),

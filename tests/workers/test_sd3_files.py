@@ -57,6 +57,19 @@ def test_what_diffusers_wrote_in_several_files_inside_a_pipeline_is_read(tmp_pat
     other.load_state_dict(found, strict=True)
     other.set_captions(*captions(model.config))
     assert torch.equal(other(*batch()), model(*batch()))
+    index = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors.index.json"
+    whole = json.loads(index.read_text())
+    file, name = next(iter(whole["weight_map"].values())), next(iter(whole["weight_map"]))
+    for wrong, problem in (
+        ({"weight_map": {**whole["weight_map"], "zzz": file}}, "but zzz is in no file; get"),
+        ({"weight_map": {k: v for k, v in whole["weight_map"].items() if k != name}}, f"but {name} is not listed; get"),
+        ({}, "must have a weight_map of tensors to files"),
+        ([], "must hold a map of settings, got a list"),
+    ):
+        index.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=problem):
+            load_sd3(tmp_path)
+    index.write_text(json.dumps(whole))
     next((tmp_path / "transformer").glob("*.safetensors")).unlink()
     with pytest.raises(ValueError, match="must be a readable safetensors file"):
         load_sd3(tmp_path)

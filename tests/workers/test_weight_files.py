@@ -190,7 +190,7 @@ def test_fitting_weights_are_accepted():
         ({"input_size": 16}, "pos_embed has shape (1, 16, 16) instead of (1, 4, 16)", "model.input_size to 16"),
         ({"noise_at": 1}, None, None),
         (
-            {"projector_dims": (6,), "projector_depth": 1},
+            {"projector_dims": (6,), "projector_depth": 1, "noise_at": 1},
             "projectors.0.0.bias is not part of it (6 in all)",
             "model.noise_at to 1, model.projector_dims to [6], model.projector_depth to 1",
         ),
@@ -205,6 +205,25 @@ def test_a_mismatch_names_its_first_difference_and_what_the_file_is(stored, prob
         check_architecture(found, SHAPE, "x.pt")
     assert str(caught.value) == f"checkpoint x.pt must fit the model, but {problem}; set {cure}"
     check_architecture(found, SiTConfig(**{**MODEL, **stored}), "x.pt")
+
+
+PROJECTORS = {"projector_dims": (6,), "projector_depth": 1}
+
+
+@pytest.mark.parametrize(("stored", "noise_at"), [({"learn_sigma": True}, 0), (PROJECTORS, 1)])
+def test_a_time_that_runs_the_other_way_is_refused(stored, noise_at):
+    """Twice the channels are SiT's, projectors are REPA's: either says which way its time runs."""
+    right, wrong = (SiTConfig(**MODEL, **stored, noise_at=its) for its in (noise_at, 1 - noise_at))
+    check_architecture(weights(**stored), right, "x.pt")
+    with pytest.raises(ValueError, match=rf"x\.pt must run in its own time, .*; set model\.noise_at to {noise_at}$"):
+        check_architecture(weights(**stored), wrong, "x.pt")
+
+
+def test_the_cure_for_a_sits_file_in_a_repas_place_turns_its_time_too():
+    with pytest.raises(ValueError, match="must fit the model") as caught:
+        check_architecture(weights(learn_sigma=True), SiTConfig(**MODEL, **PROJECTORS, noise_at=1), "x.pt")
+    cure = "model.learn_sigma to true, model.noise_at to 0, model.projector_dims to [], and alignment_weight to 0"
+    assert cure in str(caught.value)
 
 
 def test_a_label_table_of_another_size_is_named():
@@ -300,7 +319,7 @@ def test_the_published_sizes_of_sit_are_found_out_from_their_files(name, image_s
     for learn_sigma in (True, False):
         config = SiTConfig.published(name, image_size=image_size, learn_sigma=learn_sigma)
         with torch.device("meta"):
-            found = infer_config(SiT(config).state_dict())
+            found = infer_config(SiT(config).state_dict(), family=None if learn_sigma else "sit")
         assert found == dataclasses.replace(config, mlp_ratio=4.0)
 
 
@@ -311,7 +330,9 @@ def test_repa_is_found_out_by_its_projectors(dims):
         weights = SiT(config).state_dict()
     assert infer_config(weights) == config
     plain = {name: value for name, value in weights.items() if not name.startswith("projectors")}
-    assert infer_config(plain).noise_at == 0
+    with pytest.raises(ValueError, match=r"family must be sit or repa for a file with neither .*, got none; give --f"):
+        infer_config(plain)
+    assert infer_config(plain, family="sit").noise_at == 0
     assert infer_config(plain, family="repa").noise_at == 1
 
 
@@ -339,8 +360,8 @@ def test_the_null_row_is_read_from_imagenets_label_table():
 
 def test_what_a_file_cannot_say_must_be_given():
     with pytest.raises(ValueError, match="num_heads must be given for a width of 16, which no published size has"):
-        infer_config(weights(), num_classes=10)
-    assert infer_config(weights(), num_classes=10, num_heads=2) == SHAPE
+        infer_config(weights(), family="sit", num_classes=10)
+    assert infer_config(weights(), family="sit", num_classes=10, num_heads=2) == SHAPE
     with pytest.raises(ValueError, match=r"checkpoint must be of a known family: .* got a, b"):
         infer_config({"a": torch.zeros(1), "b": torch.zeros(1)})
 

@@ -131,12 +131,13 @@ def infer_config(weights: Mapping[str, Tensor], *, family: str | None = None, **
 
     Args:
         weights: in a published layout.
-        family: `sit`, `repa` or `rae`, where names do not say it: a REPA file without projectors looks like a SiT's.
+        family: `sit`, `repa` or `rae`, where names do not say it: a REPA file without projectors looks like a SiT's
+            without learn_sigma.
         given: settings that a file cannot say: num_heads of an unpublished width, num_classes and class_dropout_prob of
             a label table other than ImageNet's, projector_depth.
 
     Raises:
-        ValueError: the names are of no known family, or something must be given.
+        ValueError: the names are of no known family or of another than was given, or something must be given.
     """
     shapes = {name: tuple(value.shape) for name, value in weights.items()}
     kind = family_of(shapes)
@@ -174,7 +175,6 @@ def family_of(names: Iterable[str]) -> str | None:
 def _infer_sit(shapes: Mapping[str, tuple[int, ...]], family: str | None, given: Mapping[str, Any]) -> SiTConfig:
     width, channels, patch = (shapes["x_embedder.proj.weight"][place] for place in (0, 1, 2))
     projectors = sorted(name for name in shapes if re.fullmatch(r"projectors\.\d+\.4\.weight", name))
-    is_repa = family == "repa" or (family is None and bool(projectors))
     qk_norm = "blocks.0.attn.q_norm.weight" in shapes
     heads = width // shapes["blocks.0.attn.q_norm.weight"][0] if qk_norm else HEADS.get(width)
     settings: dict[str, Any] = {
@@ -186,7 +186,7 @@ def _infer_sit(shapes: Mapping[str, tuple[int, ...]], family: str | None, given:
         "num_heads": given.get("num_heads", heads),
         "learn_sigma": shapes["final_layer.linear.weight"][0] == 2 * channels * patch**2,
         "mlp_ratio": shapes["blocks.0.mlp.fc1.weight"][0] / width,
-        "noise_at": 1 if is_repa else 0,
+        "noise_at": _noise_at(shapes, family),
         "qk_norm": qk_norm,
         "projector_dims": tuple(shapes[name][0] for name in projectors),
         "projector_width": shapes["projectors.0.0.weight"][0] if projectors else 2048,
@@ -196,6 +196,34 @@ def _infer_sit(shapes: Mapping[str, tuple[int, ...]], family: str | None, given:
         raise ValueError(f"num_heads must be given for a width of {width}, which no published size has")
     settings["projector_depth"] = given.get("projector_depth", 8)
     return SiTConfig(**settings)
+
+
+def noise_at_of(shapes: Mapping[str, tuple[int, ...]]) -> int | None:
+    """The end of its own time at which noise lies, as a file of SiT (0) or REPA (1) tells it; None where none does.
+
+    REPA's have projectors, SiT's twice the channels in their last layer.
+    """
+    if "projectors.0.0.weight" in shapes:
+        return 1
+    channels, patch = shapes["x_embedder.proj.weight"][1:3]
+    return 0 if shapes["final_layer.linear.weight"][0] == 2 * channels * patch**2 else None
+
+
+def _noise_at(shapes: Mapping[str, tuple[int, ...]], family: str | None) -> int:
+    """The same, by the family where the file does not tell it."""
+    told = noise_at_of(shapes)
+    if told is None and family is None:
+        raise ValueError(
+            "family must be sit or repa for a file with neither projectors nor twice the channels in its output, which "
+            "both have and nothing in it tells whose time is its own, got none; give --family"
+        )
+    if told is None or family is None:
+        return int(family == "repa") if told is None else told
+    its = "repa" if told else "sit"
+    if family != its:
+        has = "projectors" if told else "twice the input's channels in its output and no projectors"
+        raise ValueError(f"family must be {its} for a file that has {has}, got {family!r}; leave it out")
+    return told
 
 
 def _infer_ddt(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any]) -> DiTDHConfig:

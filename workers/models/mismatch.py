@@ -10,26 +10,42 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.models.checkpoints import count_of, family_of, infer_config
+from workers.models.checkpoints import count_of, family_of, infer_config, noise_at_of
 from workers.models.ddt import DiTDHConfig
 from workers.models.family import ModelConfig, build
 from workers.models.sd3 import SD3Config
+from workers.models.sit import SiTConfig
 
 _A = {"sit": "a sit", "ddt": "a ddt", "sd3": "an sd3"}
 
 
-def check_architecture(weights: Mapping[str, Tensor], config: ModelConfig, name: str) -> None:
+def check_architecture(
+    weights: Mapping[str, Tensor], config: ModelConfig, name: str, *, section: str = "model."
+) -> None:
     """Compares names and shapes with those of the model.
+
+    Args:
+        weights: of the file.
+        config: of the model.
+        name: of the file, for messages.
+        section: what stands before a setting's name in messages.
 
     Raises:
         ValueError: they differ, and the message names the first difference and the cure, or what the file is instead;
-            or a tensor holds no finite numbers.
+            or its time runs the other way; or a tensor holds no finite numbers.
     """
     plain = replace(config, lora_rank=0, lora_alpha=None) if isinstance(config, SD3Config) else config
     with torch.device("meta"):
         expected = {key: tuple(value.shape) for key, value in build(plain).state_dict().items()}
     found = {key: tuple(value.shape) for key, value in weights.items()}
     if found == expected:
+        told = noise_at_of(found) if isinstance(config, SiTConfig) else None
+        if isinstance(config, SiTConfig) and told not in (None, config.noise_at):
+            has = "projectors, as REPA's have" if told else "twice the channels in its output, as SiT's have"
+            raise ValueError(
+                f"checkpoint {name} must run in its own time, noise_at {told}, since it has {has}, "
+                f"got {config.noise_at}; set {section}noise_at to {told}"
+            )
         for key, value in weights.items():
             numbers = value.float() if value.itemsize == 1 else value  # isfinite does not know every 8-bit float
             if not value.is_floating_point() or not bool(torch.isfinite(numbers).all()):
@@ -43,17 +59,17 @@ def check_architecture(weights: Mapping[str, Tensor], config: ModelConfig, name:
         problem = f"{unknown[0]} is not part of it ({len(unknown)} in all)"
     else:
         problem = f"{differing[0]} has shape {found[differing[0]]} instead of {expected[differing[0]]}"
-    raise ValueError(f"checkpoint {name} must fit the model, but {problem}; {_cure(weights, config)}")
+    raise ValueError(f"checkpoint {name} must fit the model, but {problem}; {_cure(weights, config, section)}")
 
 
-def _cure(weights: Mapping[str, Tensor], config: ModelConfig) -> str:
+def _cure(weights: Mapping[str, Tensor], config: ModelConfig, section: str) -> str:
     """What to set, from what the file says of itself."""
     family = family_of(weights)
     if family is None:
         return "it is of no known family; give a file of SiT, REPA, RAE or Stable Diffusion 3"
     if family != config.family:
         prints = "" if family == "sd3" else "; mixflow import prints its model section"
-        return f"it is {_A[family]}; set model.family{prints}"
+        return f"it is {_A[family]}; set {section}family{prints}"
     try:
         other = _nearest(weights, config)
     except (LookupError, TypeError, ZeroDivisionError):
@@ -65,7 +81,7 @@ def _cure(weights: Mapping[str, Tensor], config: ModelConfig) -> str:
     if other == config:
         return f"the file is incomplete or was altered, by its other tensors it is {_A[family]} with these settings"
     mine = {key: value for key, value in vars(other).items() if value != vars(config)[key]}
-    cure = "set " + ", ".join(f"model.{key} to {_plain(value)}" for key, value in mine.items())
+    cure = "set " + ", ".join(f"{section}{key} to {_plain(value)}" for key, value in mine.items())
     return f"{cure}, and alignment_weight to 0" if mine.get("projector_dims") == () else cure
 
 
@@ -80,8 +96,10 @@ def _nearest(weights: Mapping[str, Tensor], config: ModelConfig) -> ModelConfig:
     given |= {"projector_depth": min(config.projector_depth, depth)}
     if "blocks.0.attn.q_norm.weight" not in weights:
         given |= {"num_heads": config.num_heads}
-    # Without projectors nothing in a file tells which way its time runs: the model's own setting stays.
-    return infer_config(weights, family="repa" if config.noise_at == 1 else None, **given)
+    told = noise_at_of({name: tuple(value.shape) for name, value in weights.items()})
+    # Where nothing in a file tells which way its time runs, the model's own setting stays.
+    noise_at = config.noise_at if told is None else told
+    return infer_config(weights, family="repa" if noise_at else "sit", **given)
 
 
 def _settings_of_sd3(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:

@@ -342,13 +342,27 @@ def load_sd3(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise ValueError(f"{directory}/config.json must describe Stable Diffusion 3 or 3.5, but it {problem} {odd[0]}")
     if out_channels not in (None, fields["in_channels"]):
         raise ValueError(f"out_channels must equal in_channels {fields['in_channels']}, got {out_channels}")
-    fields["dual_attention_layers"] = tuple(fields["dual_attention_layers"])
+    dual = fields["dual_attention_layers"]
+    if not isinstance(dual, list | tuple):
+        raise ValueError(f"{directory}/config.json must have a list as dual_attention_layers, got {dual!r}; correct it")
+    fields["dual_attention_layers"] = tuple(dual)
     index = directory / f"{WEIGHTS_FILE}.index.json"
-    names = sorted(set(_json(index)["weight_map"].values())) if index.is_file() else [WEIGHTS_FILE]
+    return fields, _load_parts(index) if index.is_file() else _load(directory / WEIGHTS_FILE)
+
+
+def _load_parts(index: Path) -> dict[str, Tensor]:
+    """The tensors of several files, which are those that their index lists."""
+    listed = _json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise ValueError(f"{index} must have a weight_map of tensors to files, got none; get the directory anew")
     weights: dict[str, Tensor] = {}
-    for name in names:
-        weights.update(_load(directory / name))
-    return fields, weights
+    for name in sorted(set(listed.values())):
+        weights.update(_load(index.parent / name))
+    odd = sorted(listed.keys() ^ weights.keys())
+    if odd:
+        problem = "is in no file" if odd[0] in listed else "is not listed"
+        raise ValueError(f"{index} must list the tensors of its files, but {odd[0]} {problem}; get the directory anew")
+    return weights
 
 
 def save_lora(directory: Path, config: SD3Config, weights: Mapping[str, Tensor]) -> None:
@@ -411,8 +425,11 @@ def _load(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} must be a readable safetensors file; {error}") from error
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} must be a readable JSON file; {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a map of settings, got a {type(content).__name__}; get the directory anew")
+    return content
