@@ -201,9 +201,11 @@ class Sampler:
         guidance_scale: s in v_u + s (v_c - v_u); 1 is unguided.
         shift: timestep shift of the grid, >= 1; 1 is none.
         start, end: first and last time before the shift. A model that was trained or published on a part of [0, 1] is
-            sampled there (RAE ends at 0.999). An SDE with a last step ends at 1 - last_step_size instead, then at 1.
+            sampled there (RAE ends at 0.999). An SDE with a last step goes to 1 - last_step_size, then to 1: its
+            end is 1.
         guidance: `classifier_free`, or `autoguidance` by the experiment's guide, a weaker model.
-        guidance_channels: guide only the first channels (SiT's published samples guide 3 of 4); 0 is all.
+        guidance_channels: guide only the first channels (SiT's published samples guide 3 of 4); 0 is all, as it must be
+            for autoguidance.
         guidance_interval: guide where t lies in this closed interval; an end at 0 or 1 is open beyond it.
         diffusion: w(t) of an SDE, see Diffusion.
         last_step: of an SDE, see sde.
@@ -244,6 +246,12 @@ class Sampler:
             raise ValueError(f"start and end must satisfy 0 <= start < end <= 1, got {self.start} and {self.end}")
         if self.guidance_channels < 0:
             raise ValueError(f"guidance_channels must be at least 0, got {self.guidance_channels}; 0 is all")
+        if self.guidance_channels and self.guidance == "autoguidance":
+            raise ValueError(f"guidance_channels must be 0 for {self.guidance}, got {self.guidance_channels}; omit it")
+        if self._closes and self.end != 1:
+            raise ValueError(
+                f"end must be 1 for an SDE with a last step, got {self.end}; set last_step_size, or last_step: none"
+            )
         lowest, highest = self.guidance_interval
         if not 0 <= lowest < highest <= 1:
             raise ValueError(f"guidance_interval must satisfy 0 <= low < high <= 1, got {[lowest, highest]}")

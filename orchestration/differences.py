@@ -41,7 +41,7 @@ def recall_beside(metric: str, measured: Collection[str]) -> str:
         return recalls[0]
     raise ValueError(
         f"evaluation.primary must be of a metric with {recall_of(metric)} beside it, got {metric} beside {recalls}; "
-        "measure that too or declare another"
+        "measure that too (an .npz needs its images, arr_0), declare another, or set judged of the arms to false"
     )
 
 

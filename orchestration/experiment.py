@@ -143,6 +143,11 @@ class Experiment(Frozen):
                     f"evaluation.samplers must stay in [{lowest:g}, {highest:g}] for {self.prediction} prediction on "
                     f"path {self.path}, got {sampler.name}; set its start and end"
                 )
+            if sampler.diffusion == "sbdm" and sampler.start == 0 and self.path != "vp":
+                raise ValueError(
+                    f"evaluation.samplers must start above 0 for diffusion sbdm on path {self.path}, where it is "
+                    f"infinite at 0, got {sampler.name}; set its start"
+                )
             if sampler.guidance_scale == 1:
                 continue
             if sampler.guidance == "autoguidance" and self.guide is None:

@@ -14,12 +14,13 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from orchestration.differences import recall_beside
 from orchestration.experiment import LEAST_HELD_OUT, Experiment
 from orchestration.launch import cache_directory
 from orchestration.storage import Storage, open_storage
 from orchestration.workflow import Workspace
 from workers import data as images
-from workers.adm import read_reference
+from workers.adm import AdmReference, read_reference
 from workers.classifier import NUM_FEATURES
 from workers.codecs import CodecConfig, dino_width, directory_hash, latent_shape_of
 from workers.encode import FEATURE_PATCH, Images, plan_encoding
@@ -151,7 +152,8 @@ def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> None:
         facts: of the data, as they will be at best while they are not encoded; empty for digits still to be made.
 
     Raises:
-        ValueError: weights or a reference that cannot be used, or fewer images than a covariance needs.
+        ValueError: weights or a reference that cannot be used, fewer images than a covariance needs, or a primary
+            metric on which no verdict can be taken.
     """
     evaluation = experiment.evaluation
     split, known = evaluation.reference.split, None
@@ -167,7 +169,7 @@ def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> None:
                 "evaluation.extractors must have inception where evaluation.reference is an npz, whose statistics are "
                 f"of its features, got {', '.join(kinds)}; add it"
             )
-        _check_primary(experiment, images_too=known.num_images is not None, spatial=known.spatial_mean is not None)
+    _check_primary(experiment, known)
     for number, config in enumerate(evaluation.extractors):
         if config.kind == "digits":
             dimension = NUM_FEATURES
@@ -193,14 +195,24 @@ def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> None:
             )
 
 
-def _check_primary(experiment: Experiment, *, images_too: bool, spatial: bool) -> None:
-    """A reference of statistics alone does not give every metric."""
-    metric = experiment.evaluation.primary.partition("/")[0]
+def _check_primary(experiment: Experiment, known: AdmReference | None) -> None:
+    """A reference of statistics alone does not give every metric; a verdict reads a recall beside the primary one."""
+    evaluation = experiment.evaluation
+    metric, measured = evaluation.primary.partition("/")[0], set(evaluation.metrics)
     names = metric_names("inception")
-    if metric == names["spatial"] and not spatial:
-        raise ValueError("evaluation.primary must not be sfid where evaluation.reference has no mu_s and sigma_s")
-    if metric in (names["kernel"], names["precision"], names["recall"], "fd_patches") and not images_too:
-        raise ValueError(f"evaluation.primary must not be {metric} where evaluation.reference has no images (arr_0)")
+    if known and known.spatial_mean is None:
+        if metric == names["spatial"]:
+            raise ValueError("evaluation.primary must not be sfid where evaluation.reference has no mu_s and sigma_s")
+        measured.discard(names["spatial"])
+    if known and known.num_images is None:
+        of_images = {names["kernel"], names["precision"], names["recall"], "fd_patches"}
+        if metric in of_images:
+            raise ValueError(
+                f"evaluation.primary must not be {metric} where evaluation.reference has no images (arr_0)"
+            )
+        measured -= of_images
+    if any(arm.judged for arm in experiment.arms.values()):
+        recall_beside(metric, measured)
 
 
 def local_extractor(config: ExtractorConfig) -> ExtractorConfig:

@@ -365,7 +365,8 @@ def test_every_setting_of_a_protocol_changes_its_name():
     plain = {"method": "sde", "num_steps": 20}
     changes = [
         {}, {"method": "sde_heun"}, {"num_steps": 21}, {"guidance_scale": 1.5}, {"shift": 2.0}, {"start": 0.001},
-        {"end": 0.999}, {"guidance": "autoguidance"}, {"guidance_channels": 3}, {"guidance_interval": (0.3, 1.0)},
+        {"end": 0.999, "last_step": "none"}, {"last_step": "none"}, {"guidance": "autoguidance"},
+        {"guidance_channels": 3}, {"guidance_interval": (0.3, 1.0)},
         {"guidance_interval": (0.0, 0.3)}, {"diffusion": "linear"}, {"last_step": "euler"}, {"last_step_size": 0.1},
     ]  # fmt: skip
     assert {key for change in changes for key in change} == {field.name for field in dataclasses.fields(Sampler)}
@@ -404,6 +405,14 @@ def test_an_end_of_the_guidance_interval_at_an_end_of_time_is_open():
         (
             {"method": "euler", "num_steps": 1, "guidance_channels": -1},
             "guidance_channels must be at least 0, got -1; 0 is all",
+        ),
+        (
+            {"method": "euler", "num_steps": 1, "guidance": "autoguidance", "guidance_channels": 3},
+            "guidance_channels must be 0 for autoguidance, got 3; omit it",
+        ),
+        (
+            {"method": "sde", "num_steps": 3, "end": 0.5},
+            "end must be 1 for an SDE with a last step, got 0.5; set last_step_size, or last_step: none",
         ),
         (
             {"method": "sde", "num_steps": 2, "last_step_size": 1.0},

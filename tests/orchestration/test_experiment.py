@@ -15,6 +15,7 @@ from orchestration.recipe import filled, load, read, recipes, to_be_given, valid
 from orchestration.workflow import stages_of
 
 BETA = "{time_law: beta, slowing_law: interval, gamma: 0, target_time: m}"
+SBDM = "evaluation.samplers must start above 0 for diffusion sbdm on path linear, where it is infinite at 0, got sde20"
 SLOWED = "{time_law: uniform, slowing_law: interval, gamma: 0.5, target_time: m}"
 TABLES = ("paper-ablation", "paper-gamma", "paper-steps")
 PUBLISHED = ("sit-b-256", "sit-xl-256", "sit-xl-512", "repa-xl-256", "rae-xl-256", "rae-xl-512", "sd35-medium")
@@ -317,6 +318,8 @@ def test_a_published_recipe_costs_what_its_paper_says(recipe, parameters, flops)
         ("quickstart", f"base.mixture={BETA}", "arms must include standard training {mixture: {time_law: beta"),
         ("quickstart", "path=vp", "samplers must stay in [0, 0.999] for velocity prediction on path vp, got"),
         ("quickstart", "prediction=noise", "must stay in [0.001, 0.999] for noise prediction on path linear, got"),
+        ("quickstart", "evaluation.samplers.4={method: sde, num_steps: 20, diffusion: sbdm}", SBDM),
+        ("quickstart", "evaluation.samplers.4={method: sde, num_steps: 20, diffusion: sbdm, start: 0.01}", None),
         ("quickstart", "evaluation.samplers.5.guidance=autoguidance", "guide must be given for euler8/s1.5-auto"),
         ("quickstart", "evaluation.samplers.5.guidance_channels=2", "guidance_channels must be at most model.in_chan"),
         ("quickstart", "training.sharded=true", None),

@@ -138,9 +138,10 @@ def evaluated(tmp_path: Path):
     dino = {"kind": "dinov2", "weights": str(tmp_path / "judge"), "sha256": digest}
     pixels = {"input_size": 32, "patch_size": 8, "in_channels": 3, "hidden_size": 16, "depth": 1, "num_heads": 2}
 
-    def check(**evaluation: Any) -> None:
+    def check(judged: bool = True, **evaluation: Any) -> None:
         settings = read("quickstart", ["data={shards: /nowhere}"])
         settings["model"] |= pixels
+        settings["arms"] = {name: {**(arm or {}), "judged": judged} for name, arm in settings["arms"].items()}
         settings["evaluation"] |= {"extractors": [dino], "primary": "fd_dinov2/euler20/s1", "num_samples": 100}
         settings["evaluation"] |= evaluation
         facts = {split: {"num_images": 60} for split in ("train", "held_out")}
@@ -184,6 +185,35 @@ def test_another_file_than_stated_is_refused(evaluated, tmp_path):
         evaluated(reference={"npz": str(path), "sha256": "a" * 64})
     with pytest.raises(ValueError, match=r"must have inception where evaluation\.reference is an npz, .* got dinov2"):
         evaluated(reference={"npz": str(path), "sha256": found})
+
+
+@pytest.mark.parametrize(
+    ("kind", "primary", "images", "beside"),
+    [
+        ("inception", "fid", False, r"recall beside it, got fid beside \[\]; measure that too"),
+        ("inception", "inception_score", False, r"recall beside it, got inception_score beside \[\]; measure that too"),
+        ("inception", "fid", True, None),
+        ("clip", "clip_score", None, r"recall beside it, got clip_score beside \[\]; measure that too"),
+        ("clip", "fd_patches", None, r"recall beside it, got fd_patches beside \[\]; measure that too"),
+    ],
+)
+def test_a_verdict_without_a_recall_is_refused_before_anything_runs(
+    evaluated, tmp_path, monkeypatch, kind, primary, images, beside
+):
+    """Of statistics alone no recall is known, and CLIP has none."""
+    monkeypatch.setattr(inputs, "dimension_of", lambda config: None)
+    monkeypatch.setattr("orchestration.experiment.is_captioned", lambda model: True)
+    settings = {"extractors": [{"kind": kind, "weights": "x", "sha256": "a" * 64}], "primary": f"{primary}/euler20/s1"}
+    if images is not None:
+        path = tmp_path / "reference.npz"
+        arrays = {"arr_0": np.zeros((100, 32, 32, 3), np.uint8)} if images else {}
+        settings["reference"] = {"npz": str(path), "sha256": write_npz(path, mu=MU, sigma=SIGMA, **arrays)}
+    if beside is None:
+        evaluated(**settings)
+    else:
+        with pytest.raises(ValueError, match=r"^evaluation\.primary must be of a metric with " + beside):
+            evaluated(**settings)
+        evaluated(judged=False, **settings)
 
 
 def test_absent_weights_are_named_with_where_people_get_them(evaluated, tmp_path):
