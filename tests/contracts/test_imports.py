@@ -35,6 +35,7 @@ CONFINED = {
     "botocore": ["orchestration/storage.py"],
     "mlflow": ["orchestration/tracking.py", "orchestration/tracked.py"],  # one writes, the other reads
     "psycopg2": ["orchestration/tracking.py"],
+    "optuna": ["orchestration/space.py"],
     # WORKERS' files and encode.py's Worker run on a worker; the others ask torch about the machine (DRIVER_TORCH).
     "orchestration:torch": [f"orchestration/{name}.py" for name in (*WORKERS, "encode", "launch", "cluster", "plan")],
     "orchestration:numpy": ["orchestration/measuring.py"],
