@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from orchestration.storage import open_storage
 from orchestration.tracking import Metric, Tracker
 from orchestration.workflow import Stage, Workspace
 
-TRACKED_KINDS = ("base", "arms")
+TRACKED_KINDS = ("base", "arms", "trials")
 
 
 class RunFailedError(Exception):
@@ -112,10 +112,19 @@ def start_reporter(workspace: Workspace, tracking_uri: str) -> tuple[Any, str]:
     return handle, options["name"]
 
 
-def launch(workspace: Workspace, stages: list[Stage], reporter_name: str, max_failures: int) -> None:
+def launch(
+    workspace: Workspace, stages: list[Stage], reporter_name: str, max_failures: int, callbacks: Sequence[Any] = ()
+) -> None:
     """Runs stages on a group of Ray Train workers.
 
     Ray restarts the group when a worker or a node dies, and each restart goes on where the workspace stands.
+
+    Args:
+        workspace: of the experiment.
+        stages: in their order.
+        reporter_name: of the Reporter actor.
+        max_failures: restarts of the group.
+        callbacks: of Ray Train, which hear what the trial of a sweep reports.
 
     Raises:
         ControllerDiedError: Ray Train's controller died, and with it the run.
@@ -131,6 +140,7 @@ def launch(workspace: Workspace, stages: list[Stage], reporter_name: str, max_fa
         "workspace": workspace.storage.uri,
         "stages": [stage.name for stage in stages],
         "reporter": reporter_name,
+        "trial": workspace.trial,
     }
     gpu = cluster.gpus_per_worker > 0
     trainer = TorchTrainer(
@@ -147,6 +157,7 @@ def launch(workspace: Workspace, stages: list[Stage], reporter_name: str, max_fa
             name=f"{workspace.experiment.name}-{uuid.uuid4().hex[:8]}",
             storage_path=f"{workspace.storage.uri}/ray",
             failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            callbacks=list(callbacks),
         ),
     )
     try:
@@ -178,7 +189,10 @@ def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
     def tell(stage: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
         reporter.tell.remote(stage, done, total, metrics, int(time.time() * 1000))
 
-    workspace = Workspace(experiment, open_storage(config["workspace"]))
+    def rung(step: int, value: float) -> None:
+        ray.train.report({"step": step, "objective": value})
+
+    workspace = Workspace(experiment, open_storage(config["workspace"]), config["trial"])
     site = Site(
         workspace=workspace,
         rank=context.get_world_rank(),
@@ -186,6 +200,7 @@ def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
         device=ray.train.torch.get_device() if experiment.cluster.gpus_per_worker else torch.device("cpu"),
         cache=cache_directory(),
         tell=tell,
+        rung=rung,
     )
     if site.rank == 0:
         reporter.started.remote()

@@ -99,7 +99,7 @@ def _rescale(raw: dict[str, Any], scales: Any, scale: str) -> None:
     if scale not in known:
         raise ValueError(f"--set scale must be one of {', '.join(known)}, got {scale!r}; correct it")
     for key, value in {} if scale == "full" else scales[scale].items():
-        _put(raw, key, value)
+        put(raw, key, value)
 
 
 def validated(name: str, raw: dict[str, Any]) -> Experiment:
@@ -199,10 +199,15 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise ValueError(f"--set {key} must have a value that is YAML, got {text!r}") from error
     if key.endswith("sha256"):
         value = text  # 64 digits are a number in YAML
-    _put(raw, key, value)
+    put(raw, key, value)
 
 
-def _put(raw: dict[str, Any], key: str, value: Any) -> None:
+def put(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key, as `--set` does.
+
+    Raises:
+        ValueError: the key leads through a value that is no section, or beyond the end of a list.
+    """
     *parents, last = key.split(".")
     target: Any = raw
     for parent in parents:

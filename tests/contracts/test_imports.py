@@ -25,7 +25,7 @@ ALLOWED = {
     },
 }  # fmt: skip
 # what only these files may import
-WORKERS = ("stages", "measuring", "site")  # of orchestration, what runs on a worker
+WORKERS = ("stages", "measuring", "objective", "site")  # of orchestration, what runs on a worker
 CONFINED = {
     "torchdiffeq": ["mixflow_core/samplers.py"],
     "diffusers": ["workers/*.py"],
