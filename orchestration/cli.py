@@ -28,7 +28,7 @@ STAGE_VERBS: dict[str, tuple[str, tuple[str, ...] | None]] = {
 }
 
 
-VERBS = (*STAGE_VERBS, "plan", "report", "import", "export", "replay", "doctor")
+VERBS = (*STAGE_VERBS, "sweep", "plan", "report", "import", "export", "replay", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -131,6 +131,14 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument(
             "--force", action="append", default=[], metavar="STAGE", help="redo a stage or all stages of a kind"
         )
+    sub = verb("sweep", "a search over keys of the run, beside the controls; running it again goes on", _sweep)
+    sub.add_argument(
+        "--space", action="append", default=[], metavar="KEY=LAW", help="such as mixture.gamma=uniform(0.2,1.0)"
+    )
+    sub.add_argument("--resume", action="store_true", help="fail if there is nothing to resume")
+    sub.add_argument(
+        "--confirm", action="store_true", help="run the best beside its controls with replicates, and register it"
+    )
     sub = verb("plan", "check everything and show what a run would do, without doing it", _plan)
     sub.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches, for the hours")
     sub.add_argument("--peak-tflops", type=float, help="of a device, for the hours; an H100's in training.precision")
@@ -189,6 +197,28 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             print(f"{name}: {uri}")
         if "report" in outcome:
             print(f"report:  {outcome['report']}")
+        print(f"MLflow:  {tracking.ui_command(outcome['tracking']['uri'])}")
+    return outcome
+
+
+def _sweep(arguments: argparse.Namespace) -> dict[str, Any]:
+    from orchestration import tracking
+    from orchestration.confirm import confirm
+    from orchestration.recipe import load
+    from orchestration.run import open_place
+    from orchestration.sweep import run_sweep
+
+    experiment = load(arguments.experiment, arguments.overrides, spaces=arguments.space)
+    place = open_place()
+    outcome = run_sweep(experiment, place, resume=arguments.resume)
+    if arguments.confirm:
+        outcome["confirmed"] = confirm(experiment, outcome, place)
+    if not arguments.json:
+        print(outcome["table"])
+        print(f"figure:  {outcome['figure']}")
+        if "confirmed" in outcome:
+            print(outcome["confirmed"]["table"])
+            print(f"report:  {outcome['confirmed']['report']}")
         print(f"MLflow:  {tracking.ui_command(outcome['tracking']['uri'])}")
     return outcome
 

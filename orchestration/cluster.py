@@ -103,16 +103,26 @@ def check_resources(cluster: Cluster) -> None:
     Raises:
         ValueError: too few CPUs or GPUs in the cluster.
     """
-    import ray
-
-    wanted = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(min(int(node.get(k, 0) // each) for k, each in wanted.items() if each) for node in nodes)
+    room = _room(cluster)
     if room < cluster.num_workers:
         raise ValueError(
             f"cluster.num_workers must fit the cluster, whose nodes have room for {room} workers of "
             f"{cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker} GPUs, got {cluster.num_workers}; lower it"
         )
+
+
+def groups_that_fit(cluster: Cluster) -> int:
+    """How many groups of workers such as an experiment's the cluster holds at once."""
+    return _room(cluster) // cluster.num_workers
+
+
+def _room(cluster: Cluster) -> int:
+    """Workers that the cluster's nodes have room for."""
+    import ray
+
+    wanted = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(node.get(k, 0) // each) for k, each in wanted.items() if each) for node in nodes)
 
 
 def check_shared(storage: Storage) -> None:

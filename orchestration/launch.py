@@ -24,6 +24,10 @@ class RunFailedError(Exception):
     """The run failed for a reason that running the same again would not change, or after all restarts."""
 
 
+class DivergedError(RunFailedError):
+    """The loss, or what was measured, was not finite."""
+
+
 class ControllerDiedError(RunFailedError):
     """Ray Train's controller died. What it held stays taken until the driver leaves the cluster."""
 
@@ -83,6 +87,10 @@ class Reporter:
         """Sets tags of a run."""
         self.tracker.tags(self.key(stage), tags)
 
+    def register(self, stage: str, model: str, source: str, alias: str, tags: Mapping[str, str]) -> None:
+        """Makes a run's weights a version of a registered model."""
+        self.tracker.register(self.key(stage), model, source=source, alias=alias, tags=tags)
+
     def end_run(self, stage: str, status: str) -> None:
         """Ends a run."""
         self.tracker.end_run(self.key(stage), status)
@@ -128,7 +136,8 @@ def launch(
 
     Raises:
         ControllerDiedError: Ray Train's controller died, and with it the run.
-        RunFailedError: the loss was not finite, or the restarts were used up.
+        DivergedError: the loss, or what was measured, was not finite.
+        RunFailedError: the restarts were used up.
     """
     import ray
     import ray.train
@@ -165,9 +174,9 @@ def launch(
     except ray.exceptions.ActorDiedError as error:
         raise ControllerDiedError("Ray Train's controller died; see the cluster's logs") from error
     except ray.train.TrainingFailedError as error:
-        raise RunFailedError(_cause(error)) from error
+        raise RunFailedError(cause_of(error)) from error
     if result.return_value and "error" in result.return_value:
-        raise RunFailedError(result.return_value["error"])
+        raise DivergedError(result.return_value["error"])
 
 
 def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
@@ -203,7 +212,8 @@ def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
         rung=rung,
     )
     if site.rank == 0:
-        reporter.started.remote()
+        if not config["trial"]:  # each trial has a group of its own
+            reporter.started.remote()
         for package in ("workers", "orchestration"):
             logging.getLogger(package).addHandler(_Forward(reporter))
     try:
@@ -230,7 +240,7 @@ def cache_directory() -> Path:
     return Path(tempfile.gettempdir()) / f"mixflow-cache-{os.getuid()}"
 
 
-def _cause(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """The innermost reason of a Ray failure in one line."""
     while error.__cause__ is not None:
         error = error.__cause__

@@ -20,11 +20,6 @@ from workers.models.family import Network
 from workers.sample import SampleSet, sample_batch
 
 
-def history_key(metric: str, cell: str) -> str:
-    """Where a trial's history, and MLflow, have its objective."""
-    return f"eval/{metric}/{cell}"
-
-
 class Objective:
     """The judge of a trial. The workers share the images; each value is the same on all of them.
 
@@ -49,7 +44,7 @@ class Objective:
         self.site, self.what, self.guide, self.decode = site, what, guide, decode
         self.run = RunConfig.model_validate_json(json.dumps(stage.settings["run"]))
         self.every, self.metric = stage.settings["every"], stage.settings["metric"]
-        self.key = history_key(self.metric, what.sampler.name)
+        self.key = f"eval/{self.metric}/{what.sampler.name}"
         self.extractors = open_extractors(site, inputs["features"], self.metric)
         self.kind = next(iter(self.extractors), "patches")
         self.reference = Reference.load(inputs["reference"].fetch(site.cache) / f"{self.kind}.safetensors")

@@ -46,13 +46,25 @@ def recipes() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load(name: str, overrides: Sequence[str] = ()) -> Experiment:
+def load(name: str, overrides: Sequence[str] = (), spaces: Sequence[str] = ()) -> Experiment:
     """An experiment from a recipe's name or a YAML file, with `dotted.key=value` overrides.
+
+    Args:
+        name: of the recipe or file.
+        overrides: `--set` arguments.
+        spaces: `--space` arguments, `dotted.key=law(...)`, which come into or over `sweep.space`.
 
     Raises:
         ValueError: one line naming what is wrong, where, and the mend.
     """
     raw = read(name, overrides)
+    for space in spaces:
+        key, equals, law = space.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--space must be dotted.key=law(...), got {space!r}; such as mixture.gamma=uniform(0,1)")
+        if not (raw.get("sweep") or {}).get("space"):
+            put(raw, "sweep.space", {})
+        raw["sweep"]["space"][key] = law  # not a dotted place: the key is one word of the space
     missing = to_be_given(raw)
     if missing:
         raise ValueError(
