@@ -263,10 +263,9 @@ class Sweep(Frozen):
         return search_of(self.laws, self.search)
 
     @property
-    def resolved_trials(self) -> int:
-        """Trials in all, besides the controls."""
-        size = grid_size(self.laws) if self.resolved_search == "grid" else 8
-        return self.num_trials or size
+    def most_trials(self) -> int:
+        """Trials in all, besides the controls, where none was run that the present space does not have."""
+        return self.num_trials or (grid_size(self.laws) if self.resolved_search == "grid" else 8)
 
 
 class Cluster(Frozen):

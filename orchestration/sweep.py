@@ -63,7 +63,6 @@ def run_sweep(experiment: Experiment, place: Place, *, resume: bool = False) -> 
     cluster.check_local_machine(experiment.cluster)
     with workspace.lease(), ExitStack() as cleanup:
         ledger = Ledger(place.storage, workspace.home)
-        count = sweep_of(experiment).resolved_trials
         place.storage.put(f"{workspace.home}/{RECORD}", experiment.model_dump_json(indent=1).encode())
         is_open = _is_open(experiment, ledger)
         with closing(Progress([], 0)) as progress:
@@ -72,7 +71,8 @@ def run_sweep(experiment: Experiment, place: Place, *, resume: bool = False) -> 
             if is_open:
                 join(workspace, cleanup, progress)
         run_experiment(experiment, place, targets=_shared(experiment))
-        names = [f"trials/{label}" for label in (*CONTROLS, *map(label_of, range(count)))]
+        labels = map(label_of, range(len(ledger.trials) + sweep_of(experiment).most_trials))
+        names = [f"trials/{label}" for label in (*CONTROLS, *labels)]
         progress = Progress(names, sum(not entry.is_open for entry in ledger.entries.values()))
         cleanup.callback(progress.close)
         reporter, name = open_reporter(workspace, place, is_open, cleanup, progress)
@@ -91,15 +91,17 @@ def run_sweep(experiment: Experiment, place: Place, *, resume: bool = False) -> 
 
 def _is_open(experiment: Experiment, ledger: Ledger) -> bool:
     """Whether a trial is still to be run; a grid may have fewer points than trials are asked for."""
-    sweep, entries = sweep_of(experiment), ledger.entries.values()
-    if len(ledger.controls) < len(CONTROLS) or any(entry.is_open for entry in entries):
+    if len(ledger.controls) < len(CONTROLS) or any(entry.is_open for entry in ledger.entries.values()):
         return True
-    return len(ledger.trials) < sweep.resolved_trials and _next_params(experiment, ledger) is not None
+    return _next_params(experiment, ledger) is not None
 
 
 def _next_params(experiment: Experiment, ledger: Ledger) -> dict[str, Any] | None:
+    """Of the next new trial; None where there are as many as were asked for, or the grid has no more points."""
     sweep, seed = sweep_of(experiment), derived_seed(experiment.seed, "sweep", 0)
     lower, number = _mode(experiment) == "min", len(ledger.trials)
+    if number >= (sweep.num_trials or math.inf) or (sweep.resolved_search != "grid" and number >= sweep.most_trials):
+        return None
     return suggest(sweep.laws, sweep.resolved_search, seed, number, ledger.tried, lower_is_better=lower)
 
 
@@ -128,7 +130,7 @@ def _tune(workspace: SweepWorkspace, ledger: Ledger, recorder: SweepRecorder, re
         tune.with_resources(trial, DRIVER),
         name=f"{experiment.name}-{uuid.uuid4().hex[:8]}",  # never the same twice: the ledger is the truth
         storage_path=f"{storage.uri}/ray",
-        num_samples=len(CONTROLS) + sweep_of(experiment).resolved_trials,
+        num_samples=len(CONTROLS) + len(ledger.trials) + sweep_of(experiment).most_trials,  # or fewer
         search_alg=_Trials(experiment, ledger, recorder),
         scheduler=_scheduler(experiment, ledger, steps),
         callbacks=[_Accounts(experiment, ledger, recorder)],
@@ -184,11 +186,8 @@ class _Trials(Searcher):
         if self.open:
             label = self.open.pop(0)
             return self.ledger.entries.get(label) or self.ledger.born(-1, {}, label)
-        number = len(self.ledger.trials)
-        if number >= sweep_of(self.experiment).resolved_trials:
-            return None
         params = _next_params(self.experiment, self.ledger)
-        return None if params is None else self.ledger.born(number, params)
+        return None if params is None else self.ledger.born(len(self.ledger.trials), params)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The ledger hears of it from `_Accounts`."""

@@ -38,7 +38,7 @@ def budget(experiment: Experiment, reached: Sequence[Experiment]) -> dict[str, A
         experiment: with its sweep.
         reached: the experiments at the corners of the space.
     """
-    trials, most = sweep_of(experiment).resolved_trials, max(reached, key=lambda e: e.training.steps)
+    trials, most = sweep_of(experiment).most_trials, max(reached, key=lambda e: e.training.steps)
     plan, longest = costs(experiment), costs(most)
     steps = trials * most.training.steps + len(CONTROLS) * experiment.training.steps
     flops = trials * longest["arm_flops"] + len(CONTROLS) * plan["arm_flops"]

@@ -125,7 +125,7 @@ def test_kill_9_of_the_driver_a_worker_and_a_trials_driver_changes_nothing(quiet
     # Extended: the new points alone are run.
     before = {path: path.stat().st_mtime_ns for path in workspace.glob("trials/*/manifest.json")}
     more = Run(
-        ["sweep", "quickstart", "--json", *small(sweep=SWEEP), *WIDER, "--set", "sweep.num_trials=5"],
+        ["sweep", "quickstart", "--json", *small(sweep=SWEEP), *WIDER],
         tmp_path / "more",
         environment,
     )
