@@ -36,11 +36,13 @@ def check_address() -> None:
         ) from error
 
 
-def connect(environment: dict[str, str]) -> None:
+def connect(environment: dict[str, str], *, dashboard: bool = False) -> None:
     """Joins the cluster of RAY_ADDRESS, or starts one on this machine for the time of this process.
 
     Args:
         environment: variables that every worker process needs; no secrets, they are shown by Ray.
+        dashboard: start Ray's dashboard with the cluster, on this machine alone. Sweeps need it: where a trial is
+            stopped, Ray Train gives its CPUs back only after it has asked the dashboard whether the run still lives.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     check_address()
@@ -66,7 +68,7 @@ def connect(environment: dict[str, str]) -> None:
                 f"RAY_ADDRESS must name a running cluster, got {os.environ['RAY_ADDRESS']!r}; {reason}"
             ) from error
     else:
-        ray.init(address="local", include_dashboard=False, object_store_memory=256 * 2**20, **options)
+        ray.init(address="local", include_dashboard=dashboard, object_store_memory=256 * 2**20, **options)
 
 
 def is_joined() -> bool:

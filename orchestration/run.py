@@ -214,12 +214,12 @@ def open_reporter(
     return start_reporter(workspace, place.tracking_uri)
 
 
-def join(workspace: Workspace, cleanup: ExitStack, progress: Progress) -> None:
+def join(workspace: Workspace, cleanup: ExitStack, progress: Progress, *, dashboard: bool = False) -> None:
     """Makes this process the driver of a cluster that can hold the experiment, if it is not yet."""
     if cluster.is_joined():
         return
     progress.say("starting Ray" if not os.environ.get("RAY_ADDRESS") else f"joining {os.environ['RAY_ADDRESS']}")
-    cluster.connect(s3_environment(os.environ))
+    cluster.connect(s3_environment(os.environ), dashboard=dashboard)
     cleanup.callback(_leave_cluster)
     cluster.check_resources(workspace.experiment.cluster)
     cluster.check_shared(workspace.storage)

@@ -42,6 +42,9 @@ ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow and the ledger have it all
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # of Tune's own state, which nobody reads
+    # A trial that is stopped waits for its training, which waits for somebody to hear its report: end it, and with it
+    # its workers, whose CPUs the next trial needs. By default that takes ten minutes.
+    "TUNE_FORCE_TRIAL_CLEANUP_S": "1",
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
 }
 
@@ -69,7 +72,7 @@ def run_sweep(experiment: Experiment, place: Place, *, resume: bool = False) -> 
             spent = budget(experiment, reached)
             progress.say(spent["text"])
             if is_open:
-                join(workspace, cleanup, progress)
+                join(workspace, cleanup, progress, dashboard=True)
         run_experiment(experiment, place, targets=_shared(experiment))
         labels = map(label_of, range(len(ledger.trials) + sweep_of(experiment).most_trials))
         names = [f"trials/{label}" for label in (*CONTROLS, *labels)]

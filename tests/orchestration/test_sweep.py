@@ -19,7 +19,9 @@ CONTROLS = ("standard", "matched")
 
 
 def command(*space: str) -> list[str]:
-    return ["sweep", "quickstart", "--json", *small(sweep=SWEEP), *space]
+    # One trial at a time on two CPUs: what ASHA decides depends on who is first.
+    settings = small(sweep=SWEEP, cluster__num_workers=1, cluster__cpus_per_worker=2)
+    return ["sweep", "quickstart", "--json", *settings, *space]
 
 
 def told(answer: dict[str, Any]) -> dict[str, Any]:
@@ -124,11 +126,7 @@ def test_kill_9_of_the_driver_a_worker_and_a_trials_driver_changes_nothing(quiet
 
     # Extended: the new points alone are run.
     before = {path: path.stat().st_mtime_ns for path in workspace.glob("trials/*/manifest.json")}
-    more = Run(
-        ["sweep", "quickstart", "--json", *small(sweep=SWEEP), *WIDER],
-        tmp_path / "more",
-        environment,
-    )
+    more = Run(command(*WIDER), tmp_path / "more", environment)
     assert more.wait(600) == 0, more.said()
     wider = told(more.answer())
     assert list(wider) == [*told(answer), "t004"]
