@@ -36,7 +36,7 @@ TARGETS = (
     ".pt, .safetensors, for SD3 a directory; for samples .npz; for the mixture .json (SimpleTuner's settings) or .py "
     "(the change to a SiT-style transport, explained)"
 )
-VERBS = (*STAGE_VERBS, "plan", "report", "import", "export", "replay", "doctor")
+VERBS = (*STAGE_VERBS, "sweep", "plan", "report", "import", "export", "replay", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -143,6 +143,14 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("arm", nargs="?", metavar="ARM", help="an arm that trains; the base at first")
             sub.add_argument("--checkpoint", metavar="URI", help="of the experiment's model, in place of its base")
             sub.add_argument("--sha256", metavar="HASH", help="of --checkpoint")
+    sub = verb("sweep", "a search over keys of the run, beside the controls; running it again goes on", _sweep)
+    sub.add_argument(
+        "--space", action="append", default=[], metavar="KEY=LAW", help="such as mixture.gamma=uniform(0.2,1.0)"
+    )
+    sub.add_argument("--resume", action="store_true", help="fail if there is nothing to resume")
+    sub.add_argument(
+        "--confirm", action="store_true", help="run the best beside its controls with replicates, and register it"
+    )
     sub = verb("plan", "check everything and show what a run would do, without doing it", _plan)
     sub.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches, for the hours")
     sub.add_argument("--peak-tflops", type=float, help="of a device, for the hours; an H100's in training.precision")
@@ -227,6 +235,28 @@ def _measured_arm(experiment: Experiment, arm: str) -> str:
     if arm not in trained:
         raise ValueError(f"the arm to measure must be one of {', '.join(trained)}, got {arm!r}")
     return f"slow-flow/{arm}"
+
+
+def _sweep(arguments: argparse.Namespace) -> dict[str, Any]:
+    from orchestration import tracking
+    from orchestration.confirm import confirm
+    from orchestration.recipe import load
+    from orchestration.run import open_place
+    from orchestration.sweep import run_sweep
+
+    experiment = load(arguments.experiment, arguments.overrides, spaces=arguments.space)
+    place = open_place()
+    outcome = run_sweep(experiment, place, resume=arguments.resume)
+    if arguments.confirm:
+        outcome["confirmed"] = confirm(experiment, outcome, place)
+    if not arguments.json:
+        print(outcome["table"])
+        print(f"figure:  {outcome['figure']}")
+        if "confirmed" in outcome:
+            print(outcome["confirmed"]["table"])
+            print(f"report:  {outcome['confirmed']['report']}")
+        print(f"MLflow:  {tracking.ui_command(outcome['tracking']['uri'])}")
+    return outcome
 
 
 def _say_data(data: Mapping[str, Any]) -> None:

@@ -36,11 +36,13 @@ def check_address() -> None:
         ) from error
 
 
-def connect(environment: dict[str, str]) -> None:
+def connect(environment: dict[str, str], *, dashboard: bool = False) -> None:
     """Joins the cluster of RAY_ADDRESS, or starts one on this machine for the time of this process.
 
     Args:
         environment: variables that every worker process needs; no secrets, they are shown by Ray.
+        dashboard: start Ray's dashboard with the cluster, on this machine alone. Sweeps need it: where a trial is
+            stopped, Ray Train gives its CPUs back only after it has asked the dashboard whether the run still lives.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     check_address()
@@ -66,7 +68,7 @@ def connect(environment: dict[str, str]) -> None:
                 f"RAY_ADDRESS must name a running cluster, got {os.environ['RAY_ADDRESS']!r}; {reason}"
             ) from error
     else:
-        ray.init(address="local", include_dashboard=False, object_store_memory=256 * 2**20, **options)
+        ray.init(address="local", include_dashboard=dashboard, object_store_memory=256 * 2**20, **options)
 
 
 def is_joined() -> bool:
@@ -103,16 +105,26 @@ def check_resources(cluster: Cluster) -> None:
     Raises:
         ValueError: too few CPUs or GPUs in the cluster.
     """
-    import ray
-
-    wanted = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    room = sum(min(int(node.get(k, 0) // each) for k, each in wanted.items() if each) for node in nodes)
+    room = _room(cluster)
     if room < cluster.num_workers:
         raise ValueError(
             f"cluster.num_workers must fit the cluster, whose nodes have room for {room} workers of "
             f"{cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker} GPUs, got {cluster.num_workers}; lower it"
         )
+
+
+def groups_that_fit(cluster: Cluster) -> int:
+    """How many groups of workers such as an experiment's the cluster holds at once."""
+    return _room(cluster) // cluster.num_workers
+
+
+def _room(cluster: Cluster) -> int:
+    """Workers that the cluster's nodes have room for."""
+    import ray
+
+    wanted = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return sum(min(int(node.get(k, 0) // each) for k, each in wanted.items() if each) for node in nodes)
 
 
 def check_shared(storage: Storage) -> None:

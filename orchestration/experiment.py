@@ -16,7 +16,7 @@ from mixflow_core.interpolant import Interpolant, PathName
 from mixflow_core.loss import Prediction, Weighting, times_defined
 from mixflow_core.mixture import SlowedMixture
 from mixflow_core.samplers import Sampler
-from orchestration.sections import Arm, Base, Claim, Cluster, Data, Evaluation, Guide
+from orchestration.sections import Arm, Base, Claim, Cluster, Data, Evaluation, Guide, Sweep
 from orchestration.wording import one_line
 from workers.codecs import CodecConfig
 from workers.config import Frozen, RunConfig, Training
@@ -45,6 +45,7 @@ class Experiment(Frozen):
         replicates: training seeds an arm and base. Pair p, seed p mod replicates of base p // replicates, shares data
             order, noise and sampling seed across the arms.
         claims: what a publication says of these arms.
+        sweep: a search over keys of the run, for `mixflow sweep` alone.
     """
 
     name: str = Field(pattern=NAME)
@@ -66,6 +67,7 @@ class Experiment(Frozen):
     claims: tuple[Claim, ...] = ()
     evaluation: Evaluation
     cluster: Cluster = Cluster()
+    sweep: Sweep | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -97,6 +99,8 @@ class Experiment(Frozen):
                 )
         self._check_samplers()
         self._check_arms()
+        if self.sweep:
+            self._check_sweep(self.sweep)
         return self
 
     def _check_data(self) -> None:
@@ -199,6 +203,31 @@ class Experiment(Frozen):
                 if name not in self.arms:
                     raise ValueError(f"claims must name arms, {list(self.arms)}, got {name!r}; correct it")
 
+    def _check_sweep(self, sweep: Sweep) -> None:
+        metric, _, cell = self.objective.partition("/")
+        cells = {sampler.name: sampler for sampler in self.evaluation.samplers}
+        metrics = [name for name in self.evaluation.metrics if name != "clip_score"]
+        if metric not in metrics or cell not in cells:
+            raise ValueError(
+                f"sweep.objective must be one of the metrics {metrics} and one of the cells {list(cells)} joined by "
+                f"'/', got {self.objective!r}; name one of them"
+            )
+        if self.training.sharded and cells[cell].method == "dopri5":
+            raise ValueError(
+                f"sweep.objective must have a fixed number of steps where training is sharded, got {self.objective!r}"
+            )
+        every = sweep.evaluate_every
+        if every and every % self.training.checkpoint_every:
+            raise ValueError(
+                f"sweep.evaluate_every must be a multiple of training.checkpoint_every "
+                f"{self.training.checkpoint_every}, got {every}; change one of them"
+            )
+
+    @property
+    def objective(self) -> str:
+        """What trials of a sweep are judged by, `<metric>/<cell>`."""
+        return (self.sweep.objective if self.sweep else None) or self.evaluation.primary
+
     @property
     def standard(self) -> SlowedMixture:
         """The law of the standard arm, which is the base's own."""
@@ -286,8 +315,8 @@ class Experiment(Frozen):
 
     @property
     def identity(self) -> str:
-        """Hash of everything but the cluster, which does not change what is computed."""
-        return canonical_hash(self.model_dump(mode="json", exclude={"cluster"}))[:12]
+        """Hash of everything but the cluster, which does not change what is computed, and the sweep, beside it."""
+        return canonical_hash(self.model_dump(mode="json", exclude={"cluster", "sweep"}))[:12]
 
     def _run(self, mixture: SlowedMixture, training: Training, seed: int) -> RunConfig:
         return RunConfig(

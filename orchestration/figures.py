@@ -185,6 +185,41 @@ def _draw_deficits(axis: Any, found: Mapping[str, Any], line: str) -> None:
         axis.fill_between(found["deficit_times"], low, high, alpha=0.2, color=colour, lw=0)
 
 
+def sweep_plot(answer: Mapping[str, Any], keys: Sequence[str]) -> bytes:
+    """PNG of the objective against each swept key, with the controls as lines.
+
+    Args:
+        answer: a sweep's trials and controls.
+        keys: that were swept.
+    """
+    marks = {
+        "finished": ("o", "#1f77b4"),
+        "pruned": ("x", "#7f7f7f"),
+        "running": ("+", "#7f7f7f"),
+        "failed": ("v", "#d62728"),
+    }
+
+    def draw(figure: Any) -> None:
+        for axis, key in zip(_panels(figure, len(keys)), keys, strict=False):
+            for state, (mark, colour) in marks.items():
+                there = [
+                    (t["params"][key], t["objective"])
+                    for t in answer["trials"]
+                    if t["state"] == state and t["objective"] is not None and key in t["params"]
+                ]
+                if there:
+                    x, y = zip(*[(v if isinstance(v, int | float) else str(v), o) for v, o in there], strict=True)
+                    axis.scatter(x, y, marker=mark, color=colour, s=24, label=state if key == keys[0] else None)
+            for control, style in zip(answer["controls"], ("--", ":"), strict=False):
+                if control["objective"] is not None:
+                    label = control["label"] if key == keys[0] else None
+                    axis.axhline(control["objective"], color="#444444", ls=style, lw=1.2, label=label)
+            _dress(axis, answer["objective"], key)
+        figure.legend(loc="outside lower center", ncols=6, fontsize=7)
+
+    return picture(draw, _size(len(keys)))
+
+
 def times_plot(realised: Mapping[str, Mapping[str, Any]], colours: Mapping[str, str]) -> bytes:
     """PNG of the laws of t, m and t - m as each arm drew them: densities over [0, 1]."""
     columns = (("t", "t, what the network is told"), ("m", "m, where the sample lies"), ("lag", "t - m, the slowing"))

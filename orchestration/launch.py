@@ -7,7 +7,7 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,15 @@ from orchestration.storage import open_storage
 from orchestration.tracking import Metric, Tracker
 from orchestration.workflow import Stage, Workspace
 
-TRACKED_KINDS = ("base", "arms")
+TRACKED_KINDS = ("base", "arms", "trials")
 
 
 class RunFailedError(Exception):
     """The run failed for a reason that running the same again would not change, or after all restarts."""
+
+
+class DivergedError(RunFailedError):
+    """The loss, or what was measured, was not finite."""
 
 
 class ControllerDiedError(RunFailedError):
@@ -83,6 +87,10 @@ class Reporter:
         """Sets tags of a run."""
         self.tracker.tags(self.key(stage), tags)
 
+    def register(self, stage: str, model: str, source: str, alias: str, tags: Mapping[str, str]) -> None:
+        """Makes a run's weights a version of a registered model."""
+        self.tracker.register(self.key(stage), model, source=source, alias=alias, tags=tags)
+
     def end_run(self, stage: str, status: str) -> None:
         """Ends a run."""
         self.tracker.end_run(self.key(stage), status)
@@ -112,14 +120,24 @@ def start_reporter(workspace: Workspace, tracking_uri: str) -> tuple[Any, str]:
     return handle, options["name"]
 
 
-def launch(workspace: Workspace, stages: list[Stage], reporter_name: str, max_failures: int) -> None:
+def launch(
+    workspace: Workspace, stages: list[Stage], reporter_name: str, max_failures: int, callbacks: Sequence[Any] = ()
+) -> None:
     """Runs stages on a group of Ray Train workers.
 
     Ray restarts the group when a worker or a node dies, and each restart goes on where the workspace stands.
 
+    Args:
+        workspace: of the experiment.
+        stages: in their order.
+        reporter_name: of the Reporter actor.
+        max_failures: restarts of the group.
+        callbacks: of Ray Train, which hear what the trial of a sweep reports.
+
     Raises:
         ControllerDiedError: Ray Train's controller died, and with it the run.
-        RunFailedError: the loss was not finite, or the restarts were used up.
+        DivergedError: the loss, or what was measured, was not finite.
+        RunFailedError: the restarts were used up.
     """
     import ray
     import ray.train
@@ -131,6 +149,7 @@ def launch(workspace: Workspace, stages: list[Stage], reporter_name: str, max_fa
         "workspace": workspace.storage.uri,
         "stages": [stage.name for stage in stages],
         "reporter": reporter_name,
+        "trial": workspace.trial,
     }
     gpu = cluster.gpus_per_worker > 0
     trainer = TorchTrainer(
@@ -147,6 +166,7 @@ def launch(workspace: Workspace, stages: list[Stage], reporter_name: str, max_fa
             name=f"{workspace.experiment.name}-{uuid.uuid4().hex[:8]}",
             storage_path=f"{workspace.storage.uri}/ray",
             failure_config=ray.train.FailureConfig(max_failures=max_failures),
+            callbacks=list(callbacks),
         ),
     )
     try:
@@ -154,9 +174,9 @@ def launch(workspace: Workspace, stages: list[Stage], reporter_name: str, max_fa
     except ray.exceptions.ActorDiedError as error:
         raise ControllerDiedError("Ray Train's controller died; see the cluster's logs") from error
     except ray.train.TrainingFailedError as error:
-        raise RunFailedError(_cause(error)) from error
+        raise RunFailedError(cause_of(error)) from error
     if result.return_value and "error" in result.return_value:
-        raise RunFailedError(result.return_value["error"])
+        raise DivergedError(result.return_value["error"])
 
 
 def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
@@ -178,7 +198,10 @@ def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
     def tell(stage: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
         reporter.tell.remote(stage, done, total, metrics, int(time.time() * 1000))
 
-    workspace = Workspace(experiment, open_storage(config["workspace"]))
+    def rung(step: int, value: float) -> None:
+        ray.train.report({"step": step, "objective": value})
+
+    workspace = Workspace(experiment, open_storage(config["workspace"]), config["trial"])
     site = Site(
         workspace=workspace,
         rank=context.get_world_rank(),
@@ -186,9 +209,11 @@ def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
         device=ray.train.torch.get_device() if experiment.cluster.gpus_per_worker else torch.device("cpu"),
         cache=cache_directory(),
         tell=tell,
+        rung=rung,
     )
     if site.rank == 0:
-        reporter.started.remote()
+        if not config["trial"]:  # each trial has a group of its own
+            reporter.started.remote()
         for package in ("workers", "orchestration"):
             logging.getLogger(package).addHandler(_Forward(reporter))
     try:
@@ -215,7 +240,7 @@ def cache_directory() -> Path:
     return Path(tempfile.gettempdir()) / f"mixflow-cache-{os.getuid()}"
 
 
-def _cause(error: BaseException) -> str:
+def cause_of(error: BaseException) -> str:
     """The innermost reason of a Ray failure in one line."""
     while error.__cause__ is not None:
         error = error.__cause__

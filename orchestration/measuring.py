@@ -19,7 +19,16 @@ from orchestration.site import Inputs, Site, data_of, part_name
 from orchestration.workflow import Artifact, Stage
 from workers.adm import read_images, read_reference
 from workers.classifier import DigitExtractor, train_features
-from workers.evaluate import BATCH, Measured, Reference, join_scores, merged, patch_moments, score
+from workers.evaluate import (
+    BATCH,
+    Measured,
+    Reference,
+    join_scores,
+    merged,
+    metric_names,
+    patch_moments,
+    score,
+)
 from workers.extractors import ClipScore, Extractor, open_extractor
 from workers.sample import PART_IMAGES, read_part
 from workers.slow_flow import train_probe
@@ -49,7 +58,7 @@ def reference(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict
     for start in range(0, len(captions), PART_IMAGES):  # one that is too long is found before anything is trained
         assert clip, "captions come with it"
         clip.clip.tokens(captions[start : start + PART_IMAGES])
-    extractors = _extractors(site, inputs["features"])
+    extractors = open_extractors(site, inputs["features"])
     parts: Callable[[], Iterable[torch.Tensor]]
     if source.split:
         seen = data_of(site, inputs)[source.split].seen
@@ -83,7 +92,7 @@ def reference(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict
 
 def metrics(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[str, Any]:
     """Every cell against the reference: features are extracted part by part on all workers, each cell scored on one."""
-    extractors, folder = _extractors(site, inputs["features"]), inputs["reference"].fetch(site.cache)
+    extractors, folder = open_extractors(site, inputs["features"]), inputs["reference"].fetch(site.cache)
     references = {kind: Reference.load(folder / f"{kind}.safetensors").to(site.device) for kind in extractors}
     patches = Reference.load(folder / "patches.safetensors") if (folder / "patches.safetensors").exists() else None
     clip, captions = _clip(site, inputs)
@@ -148,10 +157,12 @@ def _in_order(parts: list[dict[int, Any]]) -> list[Any]:
     return [result for _, result in sorted((item for part in parts for item in part.items()), key=lambda item: item[0])]
 
 
-def _extractors(site: Site, features: Artifact) -> dict[str, Extractor]:
-    """The experiment's networks by kind, CLIP aside, which scores images by itself."""
+def open_extractors(site: Site, features: Artifact, metric: str = "") -> dict[str, Extractor]:
+    """The experiment's networks by kind, or those of one metric; CLIP aside, which scores images by itself."""
     found: dict[str, Extractor] = {}
     for config in site.workspace.experiment.evaluation.extractors:
+        if metric and metric not in metric_names(config.kind).values():
+            continue
         if config.kind == "digits":
             path = features.fetch(site.cache) / "classifier.safetensors"
             found["digits"] = DigitExtractor(path, features.manifest.files[path.name].sha256, site.device)

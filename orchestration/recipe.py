@@ -47,13 +47,25 @@ def recipes() -> list[str]:
     return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
 
 
-def load(name: str, overrides: Sequence[str] = ()) -> Experiment:
+def load(name: str, overrides: Sequence[str] = (), spaces: Sequence[str] = ()) -> Experiment:
     """An experiment from a recipe's name or a YAML file, with `dotted.key=value` overrides.
+
+    Args:
+        name: of the recipe or file.
+        overrides: `--set` arguments.
+        spaces: `--space` arguments, `dotted.key=law(...)`, which come into or over `sweep.space`.
 
     Raises:
         ValueError: one line naming what is wrong, where, and the mend.
     """
     raw = read(name, overrides)
+    for space in spaces:
+        key, equals, law = space.partition("=")
+        if not equals or not key:
+            raise ValueError(f"--space must be dotted.key=law(...), got {space!r}; such as mixture.gamma=uniform(0,1)")
+        if not (raw.get("sweep") or {}).get("space"):
+            put(raw, "sweep.space", {})
+        raw["sweep"]["space"][key] = law  # not a dotted place: the key is one word of the space
     missing = to_be_given(raw)
     if missing:
         raise ValueError(
@@ -114,7 +126,7 @@ def _pop_alias(name: str, raw: dict[str, Any]) -> list[Any]:
 
 def _with_gamma(raw: dict[str, Any], gamma: list[Any]) -> dict[str, Any]:
     for value in gamma:
-        _put(raw, ALIAS, value)
+        put(raw, ALIAS, value)
     return raw
 
 
@@ -134,7 +146,7 @@ def _rescale(raw: dict[str, Any], scales: Any, scale: str) -> None:
     if scale not in known:
         raise ValueError(f"--set scale must be one of {', '.join(known)}, got {scale!r}; correct it")
     for key, value in {} if scale == "full" else scales[scale].items():
-        _put(raw, key, value)
+        put(raw, key, value)
 
 
 def validated(name: str, raw: dict[str, Any]) -> Experiment:
@@ -234,10 +246,15 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise ValueError(f"--set {key} must have a value that is YAML, got {text!r}") from error
     if key.endswith("sha256") and not (text and value is None):
         value = text  # 64 digits are a number in YAML
-    _put(raw, key, value)
+    put(raw, key, value)
 
 
-def _put(raw: dict[str, Any], key: str, value: Any) -> None:
+def put(raw: dict[str, Any], key: str, value: Any) -> None:
+    """Sets a dotted key, as `--set` does.
+
+    Raises:
+        ValueError: the key leads through a value that is no section, or beyond the end of a list.
+    """
     *parents, last = (ALIASED if key == ALIAS else key).split(".")
     target: Any = raw
     for parent in parents:

@@ -73,7 +73,7 @@ class Recorder:
 
     def training(self) -> None:
         """Histories, weights and cost of all trainings."""
-        now = _now_ms()
+        now = now_ms()
         for stage in self.trained:
             artifact = self.workspace.result(stage.name)
             if "history.jsonl" in artifact.manifest.files:
@@ -161,7 +161,7 @@ class Recorder:
 
     def _log(self, run: str, values: Mapping[str, float]) -> None:
         """Values that a run has once: at step 0, where MLflow draws bars, one a run, instead of curves of one point."""
-        self.tell("log", run, [Metric(key, 0, value, _now_ms()) for key, value in values.items()])
+        self.tell("log", run, [Metric(key, 0, value, now_ms()) for key, value in values.items()])
 
     def _lineage(self, stages: Sequence[str] = ()) -> dict[str, str]:
         """The data that every run goes back to, and the base among the stages named, or the only one."""
@@ -210,5 +210,6 @@ def _weights_of(artifact: Artifact) -> str:
     return artifact.manifest.files["weights.safetensors"].sha256
 
 
-def _now_ms() -> int:
+def now_ms() -> int:
+    """Unix time in ms."""
     return int(time.time() * 1000)

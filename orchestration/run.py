@@ -104,7 +104,7 @@ def run_experiment(
         pending = [stage for stage in workspace.pending(stages) if not stage.on_driver]
         restarts = experiment.cluster.max_failures
         while True:
-            reporter, name = _open_reporter(workspace, place, bool(pending), cleanup, progress)
+            reporter, name = open_reporter(workspace, place, bool(pending), cleanup, progress)
             recorder = Recorder(workspace, stages, reporter, is_actor=bool(pending))
             try:
                 recorder.start()
@@ -122,7 +122,7 @@ def run_experiment(
             except BaseException as error:
                 recorder.end_badly("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
                 raise
-        outcome["tracking"] = _delivered(recorder, place, progress)
+        outcome["tracking"] = delivered(recorder, place, progress)
         return outcome
 
 
@@ -152,7 +152,7 @@ def _encode(workspace: Workspace, cleanup: ExitStack, progress: Progress) -> Non
     experiment, asked = workspace.experiment, workspace.experiment.cluster
     assert experiment.data.images, "the caller knows"
     assert experiment.codec, "the experiment was validated"
-    _join(workspace, cleanup, progress)
+    join(workspace, cleanup, progress)
 
     def tell(stage: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
         progress.show({"stage": stage, "done": done, "total": total, "metrics": metrics})
@@ -202,7 +202,7 @@ def _leave_cluster() -> None:
     ray.shutdown()
 
 
-def _open_reporter(
+def open_reporter(
     workspace: Workspace, place: Place, with_workers: bool, cleanup: ExitStack, progress: Progress
 ) -> tuple[Any, str]:
     """The Reporter: an actor on the cluster (and its name) while there is work for workers, else an object here."""
@@ -210,16 +210,16 @@ def _open_reporter(
         reporter = Reporter(place.storage.uri, place.tracking_uri, workspace.experiment.name, workspace.home)
         cleanup.callback(reporter.tracker.close)
         return reporter, ""
-    _join(workspace, cleanup, progress)
+    join(workspace, cleanup, progress)
     return start_reporter(workspace, place.tracking_uri)
 
 
-def _join(workspace: Workspace, cleanup: ExitStack, progress: Progress) -> None:
+def join(workspace: Workspace, cleanup: ExitStack, progress: Progress, *, dashboard: bool = False) -> None:
     """Makes this process the driver of a cluster that can hold the experiment, if it is not yet."""
     if cluster.is_joined():
         return
     progress.say("starting Ray" if not os.environ.get("RAY_ADDRESS") else f"joining {os.environ['RAY_ADDRESS']}")
-    cluster.connect(s3_environment(os.environ))
+    cluster.connect(s3_environment(os.environ), dashboard=dashboard)
     cleanup.callback(_leave_cluster)
     cluster.check_resources(workspace.experiment.cluster)
     cluster.check_shared(workspace.storage)
@@ -311,7 +311,8 @@ def _place_report(workspace: Workspace) -> str:
     return f"{workspace.storage.uri}/{workspace.home}/report.html"
 
 
-def _delivered(recorder: Recorder, place: Place, progress: Progress) -> dict[str, Any]:
+def delivered(recorder: Recorder, place: Place, progress: Progress) -> dict[str, Any]:
+    """Where MLflow has it, after waiting for MLflow; a warning where it has not taken everything."""
     status = recorder.delivered()
     if status["pending"]:
         progress.say(

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from mixflow_core.correctives import SamplingCorrective, TrainingCorrective
 from mixflow_core.mixture import SlowedMixture
 from mixflow_core.samplers import Sampler
+from orchestration.space import Law, Search, grid_size, parse_space, search_of
 from workers.config import Frozen, Training
 from workers.data import Split
 from workers.encode import Images
@@ -210,6 +211,65 @@ class Evaluation(Frozen):
     def cells_of(self, base: int) -> tuple[Sampler, ...]:
         """The cells that are sampled from this base's arms."""
         return tuple(s for s in self.samplers if base == 0 or s.name not in self.first_base_only)
+
+
+class Sweep(Frozen):
+    """A search over keys of the run: trials beside the two controls, from one base, on one order of data and noise.
+
+    Attributes:
+        space: dotted key of `mixture`, `training` or `corrective` -> `uniform(a,b)`, `loguniform(a,b)`, `randint(a,b)`,
+            `choice(a,b,...)` or `grid(a,b,...)`.
+        search: `random`, `grid` or `optuna` (TPE); the grid where the space has grids, else random.
+        scheduler: `fifo`, every trial to its end, or `asha`, which stops trials whose objective lags behind.
+        num_trials: in all, besides the controls; 8, or the whole grid. A sweep that is done goes on when it is raised.
+        objective: `<metric>/<sampler><steps>/s<scale>`, measured of the averaged weights; `evaluation.primary` if not
+            given.
+        num_samples: images that it is measured with, from fixed noise; those of `evaluation` if not given.
+        evaluate_every: steps between its values, a multiple of training.checkpoint_every, which it is if not given. It
+            is always measured at the end.
+        grace_steps: with asha, steps that no trial is stopped before; evaluate_every if not given.
+        reduction_factor: of asha, which lets one of so many go on.
+    """
+
+    space: Mapping[str, str] = {}
+    search: Search | None = None
+    scheduler: Literal["fifo", "asha"] = "fifo"
+    num_trials: int | None = Field(default=None, ge=1, le=100_000)
+    objective: str | None = None
+    num_samples: int | None = Field(default=None, ge=100, le=10_000_000)
+    evaluate_every: int | None = Field(default=None, ge=1)
+    grace_steps: int | None = Field(default=None, ge=1)
+    reduction_factor: int = Field(default=3, ge=2, le=100)
+
+    @field_validator("scheduler", mode="before")
+    @classmethod
+    def _no_pbt(cls, scheduler: Any) -> Any:
+        if scheduler == "pbt":
+            raise ValueError(
+                "scheduler must be fifo or asha, got 'pbt'; Ray Tune's population based training does nothing for "
+                "trials that are Ray Train runs, which hand Tune no checkpoint"
+            )
+        return scheduler
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        search_of(self.laws, self.search)
+        return self
+
+    @property
+    def laws(self) -> dict[str, Law]:
+        """The space, read."""
+        return parse_space(self.space)
+
+    @property
+    def resolved_search(self) -> Search:
+        """The search that is meant."""
+        return search_of(self.laws, self.search)
+
+    @property
+    def most_trials(self) -> int:
+        """Trials in all, besides the controls, where none was run that the present space does not have."""
+        return self.num_trials or (grid_size(self.laws) if self.resolved_search == "grid" else 8)
 
 
 class Cluster(Frozen):

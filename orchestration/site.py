@@ -19,6 +19,10 @@ from workers.data import ImageSet, Split, open_shards
 Tell = Callable[[str, int, int, Mapping[str, float]], None]
 
 
+def _nobody(step: int, value: float) -> None:
+    """Where no scheduler listens."""
+
+
 @dataclass
 class Site:
     """A worker's surroundings.
@@ -29,6 +33,7 @@ class Site:
         device: where it computes.
         cache: local directory for fetched artifacts and memory maps, shared by the workers of a machine.
         tell: tell(stage, done, total, metrics) hands progress and metrics over without waiting (rank 0).
+        rung: rung(step, value) reports a trial's objective to whoever schedules the trials, on all ranks together.
     """
 
     workspace: Workspace
@@ -37,6 +42,7 @@ class Site:
     device: torch.device
     cache: Path
     tell: Tell
+    rung: Callable[[int, float], None] = _nobody
 
     @property
     def storage(self) -> Storage:

@@ -19,6 +19,7 @@ from mixflow_core.correctives import SamplingCorrective
 from mixflow_core.samplers import Sampler
 from orchestration import measuring
 from orchestration.inputs import local_codec
+from orchestration.objective import Objective
 from orchestration.results import cell_file
 from orchestration.site import Inputs, Site, Work, data_of, part_name, weights_of
 from orchestration.workflow import HeldError, Stage, Workspace
@@ -95,8 +96,8 @@ def _inputs(workspace: Workspace, stage: Stage) -> Inputs | None:
     return {name.split("/")[0]: artifact for name, artifact in found.items() if artifact}
 
 
-def _train(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[str, Any]:
-    """Base and arms: the same loop, from fresh weights or from the base's."""
+def _train(site: Site, stage: Stage, inputs: Inputs, directory: Path, judge: Objective | None = None) -> dict[str, Any]:
+    """Base, arms and trials: the same loop, from fresh weights or from the base's."""
     run = RunConfig.model_validate_json(json.dumps(stage.settings["run"]))
     data = data_of(site, inputs)
     initial = weights_of(site, inputs["base"]) if "base" in inputs and site.rank == 0 else None
@@ -108,7 +109,7 @@ def _train(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[st
         site.tell(stage.name, step, run.training.steps, metrics)
 
     io = LocalIO(store, report, rank=site.rank, world_size=site.world_size)
-    state = post_train(run, data["train"], data["held_out"], io, initial=initial, device=site.device)
+    state = post_train(run, data["train"], data["held_out"], io, initial=initial, device=site.device, judge=judge)
     if site.rank == 0:
         save_file(
             {name: value.cpu().contiguous() for name, value in state.ema.items()}, directory / "weights.safetensors"
@@ -117,6 +118,20 @@ def _train(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[st
         (directory / "times.json").write_text(json.dumps(realised_times(run), indent=1))
         (directory / "run.json").write_text(json.dumps(stage.settings["run"], indent=1))
     return {"steps": run.training.steps, "checkpoints": f"{site.storage.uri}/{checkpoints}"}
+
+
+def _trial(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[str, Any]:
+    """A trial of a sweep: its training with the objective measured on the way, and a sheet of its samples."""
+    (what,), guide, decode = _sample_sets(stage.settings["samples"]), _guide(site, inputs), _decoder(site)
+    about = _train(site, stage, inputs, directory, Objective(site, stage, inputs, what, guide, decode))
+    if site.rank == 0:
+        allow_tf32(False)
+        run = site.workspace.experiment.sampling_run()
+        given = [weights_of(site, inputs["base"]), load_file(directory / "weights.safetensors")]
+        model = _network(site, inputs, run, given[-1:] if not getattr(run.model, "lora_rank", 0) else given)
+        pixels = sample_batch(model, run, what, 0, site.device, guide=guide, decode=decode).pixels
+        _grid(pixels, directory / f"{cell_file(what.sampler.name)}.png")
+    return about
 
 
 def _slow_flow(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[str, Any]:
@@ -192,6 +207,7 @@ def _samples(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[
 WORK: dict[str, Work] = {
     "base": _train,
     "arms": _train,
+    "trials": _trial,
     "features": measuring.features,
     "reference": measuring.reference,
     "slow-flow": _slow_flow,
@@ -229,8 +245,12 @@ def _grid(pixels: torch.Tensor, path: Path) -> Path:
 
 def _model(site: Site, inputs: Inputs, run: RunConfig) -> Network:
     """The network of a stage: an arm's or the base's weights, or an arm's adapters on the base's."""
+    return _network(site, inputs, run, [weights_of(site, inputs[kind]) for kind in ("base", "arms") if kind in inputs])
+
+
+def _network(site: Site, inputs: Inputs, run: RunConfig, given: list[dict[str, torch.Tensor]]) -> Network:
+    """The network with these weights, the later ones over the earlier ones."""
     model = build(run.model).initialise(0)
-    given = [weights_of(site, inputs[kind]) for kind in ("base", "arms") if kind in inputs]
     answers = [model.load_state_dict(weights, strict=False) for weights in given]
     wrong = set.intersection(*(set(answer.missing_keys) for answer in answers))
     wrong.update(name for answer in answers for name in answer.unexpected_keys)

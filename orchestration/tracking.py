@@ -147,6 +147,17 @@ class Tracker:
         """Sets tags of the run; the last value of a tag stays."""
         self._hand_over({"kind": "tags", "run": key, "tags": [(tag, str(value)) for tag, value in tags.items()]})
 
+    def register(self, key: str, model: str, *, source: str, alias: str, tags: Mapping[str, str]) -> None:
+        """Makes what the run left at `source`, a directory's URI, a version of a registered model, called `alias`.
+
+        A version of the same source stays the only one. A server takes sources on object storage, and none of its
+        clients' own disks: that event is set aside, and a warning says so.
+        """
+        pairs = [(tag, str(value)) for tag, value in tags.items()]
+        self._hand_over(
+            {"kind": "register", "run": key, "model": model, "source": source, "alias": alias, "tags": pairs}
+        )
+
     def end_run(self, key: str, status: str) -> None:
         """Ends the run as FINISHED, FAILED or KILLED."""
         if status not in STATUSES:
@@ -451,6 +462,7 @@ class _Sender:
             "params": self._params,
             "tags": self._tags,
             "artifact": self._artifact,
+            "register": self._register,
             "end": self._end,
         }
         for event in _merge_metrics(events):
@@ -527,6 +539,18 @@ class _Sender:
             copy.write_bytes(data)
             arguments = run.run_id, str(copy), event["artifact_path"] or None
             self._call(f"artifact {run.key} {path}", self._client.log_artifact, *arguments)
+
+    def _register(self, event: Event) -> None:
+        run, model, source = self._run(event["run"]), event["model"], event["source"]
+        item = f"register {model} {source}"
+        if not self._call(f"look for {model}", self._client.search_registered_models, f"name = '{model}'"):
+            self._call(f"make {model}", self._client.create_registered_model, model)
+        versions = self._call(f"versions of {model}", self._client.search_model_versions, f"name = '{model}'")
+        there = next((version for version in versions if version.source == source), None)
+        version = there or self._call(
+            item, self._client.create_model_version, model, source, run_id=run.run_id, tags=dict(event["tags"])
+        )
+        self._call(f"{item} alias", self._client.set_registered_model_alias, model, event["alias"], version.version)
 
     def _end(self, event: Event) -> None:
         run = self._run(event["run"])

@@ -38,7 +38,8 @@ class Stage:
     """One piece of work.
 
     Attributes:
-        name: unique in the experiment, `<kind>`, `base/<number>` where there are several, or `<kind>/<arm>/<pair>`.
+        name: unique in the experiment, `<kind>`, `base/<number>` where there are several, `<kind>/<arm>/<pair>`, or
+            `trials/<arm>`.
         settings: plain JSON; with the inputs' content it decides the result.
         inputs: names of the stages whose results it reads.
         on_driver: needs no worker.
@@ -51,7 +52,7 @@ class Stage:
 
     @property
     def kind(self) -> str:
-        """What it does: data, base, guide, features, reference, slow-flow, arms, samples, metrics or report."""
+        """What it does: data, base, guide, features, reference, slow-flow, arms, trials, samples, metrics or report."""
         return self.name.split("/")[0]
 
 
@@ -199,6 +200,31 @@ def _sample_stage(e: Experiment, arm: str, pair: int) -> Stage:
     return Stage(f"samples/{arm}/{pair}", settings, (*_weights_of(e, arm, pair), *beside))
 
 
+def trial_stage(e: Experiment, arm: str) -> Stage:
+    """A trial of a sweep: the arm's first run, and the objective on fixed noise while it trains."""
+    assert e.sweep, "only a sweep has trials"
+    metric, _, cell = e.objective.partition("/")
+    sampling = _sample_stage(e, arm, 0).settings
+    sampler = next(sampler for sampler in e.evaluation.samplers if sampler.name == cell)
+    guided = sampler.guidance == "autoguidance" and sampler.guidance_scale != 1
+    samples = {
+        **{key: value for key, value in sampling.items() if key != "run"},
+        "samplers": [asdict(sampler)],
+        "num_samples": e.sweep.num_samples or e.evaluation.num_samples,
+    }
+    return Stage(
+        f"trials/{arm}",
+        {
+            "run": e.arm_run(arm, 0).model_dump(mode="json"),
+            "metric": metric,
+            "every": e.sweep.evaluate_every or e.training.checkpoint_every,
+            "samples": samples,
+            "extractors": _hashes(e),
+        },
+        ("data", e.base_stage(), "features", "reference", *(["guide"] if guided else [])),
+    )
+
+
 def _hashes(e: Experiment) -> list[dict[str, str]]:
     """The extractors, wherever their weights lie."""
     return [{"kind": extractor.kind, "sha256": extractor.sha256} for extractor in e.evaluation.extractors]
@@ -222,11 +248,18 @@ def needed_for(stages: list[Stage], targets: Callable[[Stage], bool]) -> list[St
 
 
 class Workspace:
-    """Where each stage of an experiment stands in a storage."""
+    """Where each stage of an experiment stands in a storage.
 
-    def __init__(self, experiment: Experiment, storage: Storage) -> None:
-        self.experiment, self.storage = experiment, storage
-        self.stages = {stage.name: stage for stage in stages_of(experiment)}
+    Args:
+        experiment: whose stages they are.
+        storage: where they are kept.
+        trial: the arm that is a trial of a sweep, "" for none: then there is a stage for it.
+    """
+
+    def __init__(self, experiment: Experiment, storage: Storage, trial: str = "") -> None:
+        self.experiment, self.storage, self.trial = experiment, storage, trial
+        trials = [trial_stage(experiment, trial)] if trial else []
+        self.stages = {stage.name: stage for stage in [*stages_of(experiment), *trials]}
         self._found: dict[str, Artifact] = {}
 
     @property
@@ -334,49 +367,59 @@ class Workspace:
 
     @contextmanager
     def lease(self, stage: str | None = None) -> Iterator[None]:
-        """Keeps a second runner away from this experiment, or from a stage that experiments share.
-
-        A lease whose holder is gone is taken over.
-
-        Raises:
-            HeldError: another process is at it.
-        """
+        """Keeps a second runner away from this experiment, or from a stage that experiments share; see `hold`."""
         path, what = f"{self.home}/lease.json", f"experiment {self.experiment.name}"
         if stage is not None:
             path, what = f"leases/{self.path(stage).replace('/', '-')}.json", f"stage {stage}"
-        stop = threading.Event()
-        while not self.storage.put_new(path, _lease()):
-            try:
-                holder = json.loads(self.storage.read(path))
-            except FileNotFoundError:  # given back just now
-                continue
-            except ValueError:
-                log.warning("%s/%s is unreadable and taken for nobody's", self.storage.uri, path)
-                holder = {"time": 0.0}
-            if _is_alive(holder):
-                raise HeldError(
-                    f"{what} must have one runner, but process {holder['pid']} on "
-                    f"{holder['host']} is at it; wait for it or stop it"
-                )
-            # Of two that find a dead holder, the second to delete may take the first one's lease away; the conditional
-            # puts of the results keep even that harmless.
-            self.storage.delete(path)
-
-        def refresh() -> None:
-            while not stop.wait(LEASE_S / 4):
-                try:
-                    self.storage.put(path, _lease())
-                except OSError as error:  # the next turn tries again before the lease runs out
-                    log.warning("the lease was not refreshed: %s", error)
-
-        thread = threading.Thread(target=refresh, daemon=True, name="lease")
-        thread.start()
-        try:
+        with hold(self.storage, path, what):
             yield
-        finally:
-            stop.set()
-            thread.join()
-            self.storage.delete(path)
+
+
+@contextmanager
+def hold(storage: Storage, path: str, what: str) -> Iterator[None]:
+    """Holds a lease. One whose holder is gone is taken over.
+
+    Args:
+        storage: of the workspace.
+        path: of the lease.
+        what: it is for, in an error message.
+
+    Raises:
+        HeldError: another process is at it.
+    """
+    stop = threading.Event()
+    while not storage.put_new(path, _lease()):
+        try:
+            holder = json.loads(storage.read(path))
+        except FileNotFoundError:  # given back just now
+            continue
+        except ValueError:
+            log.warning("%s/%s is unreadable and taken for nobody's", storage.uri, path)
+            holder = {"time": 0.0}
+        if _is_alive(holder):
+            raise HeldError(
+                f"{what} must have one runner, but process {holder['pid']} on "
+                f"{holder['host']} is at it; wait for it or stop it"
+            )
+        # Of two that find a dead holder, the second to delete may take the first one's lease away; the conditional
+        # puts of the results keep even that harmless.
+        storage.delete(path)
+
+    def refresh() -> None:
+        while not stop.wait(LEASE_S / 4):
+            try:
+                storage.put(path, _lease())
+            except OSError as error:  # the next turn tries again before the lease runs out
+                log.warning("the lease was not refreshed: %s", error)
+
+    thread = threading.Thread(target=refresh, daemon=True, name="lease")
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+        storage.delete(path)
 
 
 @lru_cache

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import lru_cache, reduce
 from pathlib import Path
 from typing import Any
 
@@ -192,17 +192,7 @@ def score(kind: str, found: Measured, reference: Reference, device: torch.device
         ValueError: too few images for a covariance.
     """
     names, features = metric_names(kind), found.pooled.to(device)
-    scores = {names["frechet"]: frechet_distance(Moments.of(features), reference.gaussian)}
-    if found.spatial and reference.spatial:
-        spatial = Moments(found.spatial.count, found.spatial.mean.to(device), found.spatial.scatter.to(device))
-        scores[names["spatial"]] = frechet_distance(spatial, reference.spatial)
-    if found.logits is not None:
-        scores[names["score"]] = inception_score(found.logits)[0]
-    if reference.features is not None:
-        scores[names["kernel"]] = kernel_distance(features, reference.features)
-        scores[names["precision"]], scores[names["recall"]] = precision_recall(
-            reference.features, features, k=NEIGHBOURS
-        )
+    scores = {name: measure() for name, measure in _measures(kind, found, reference, device).items()}
 
     def distance_of(rows: Tensor) -> float:
         return frechet_distance(Moments.of(features[rows]).gaussian, reference.gaussian)
@@ -212,6 +202,28 @@ def score(kind: str, found: Measured, reference: Reference, device: torch.device
     counts = [n for n in (count // 4, count // 2, count) if n > features.shape[1]]
     by_count = {str(n): frechet_distance(Moments.of(features[:n]), reference.gaussian) for n in counts}
     return {**scores, "within": {name: spread}, "by_count": {name: by_count}}
+
+
+def one_score(metric: str, kind: str, found: Measured, reference: Reference, device: torch.device) -> float:
+    """One of the metrics that `score` gives, with the same bits, without the others."""
+    return _measures(kind, found, reference, device)[metric]()
+
+
+def _measures(kind: str, found: Measured, reference: Reference, device: torch.device) -> dict[str, Callable[[], float]]:
+    """How each metric is measured that the features and the reference allow."""
+    names, features = metric_names(kind), found.pooled.to(device)
+    measures = {names["frechet"]: lambda: frechet_distance(Moments.of(features), reference.gaussian)}
+    if (mine := found.spatial) and (its := reference.spatial):
+        spatial = Moments(mine.count, mine.mean.to(device), mine.scatter.to(device))
+        measures[names["spatial"]] = lambda: frechet_distance(spatial, its)
+    if (logits := found.logits) is not None:
+        measures[names["score"]] = lambda: inception_score(logits)[0]
+    if (known := reference.features) is not None:
+        both = lru_cache(lambda: precision_recall(known, features, k=NEIGHBOURS))
+        measures[names["kernel"]] = lambda: kernel_distance(features, known)
+        measures[names["precision"]] = lambda: both()[0]
+        measures[names["recall"]] = lambda: both()[1]
+    return measures
 
 
 def join_scores(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
+
+from torch import nn
 
 from workers.checkpoint import CheckpointStore, TrainState
 
@@ -31,6 +33,16 @@ class RunIO(Protocol):
     @property
     def last_checkpoint(self) -> str:
         """Names the newest complete checkpoint, for error messages."""
+
+
+class Judge(Protocol):
+    """Looks at a run while it trains. Both methods are called on all ranks together."""
+
+    def restored(self, history: Sequence[Mapping[str, float]]) -> None:
+        """The history of the checkpoint that the run goes on from, empty at its start."""
+
+    def measure(self, step: int, model: nn.Module) -> Mapping[str, float]:
+        """Metrics of the averaged weights after `step` steps, the same on all ranks; empty where it does not look."""
 
 
 class LocalIO:

@@ -22,7 +22,7 @@ from mixflow_core.rng import generator
 from workers.checkpoint import TrainState
 from workers.config import RunConfig
 from workers.data import Batch, ImageSet, join, shard_batch
-from workers.io import RunIO
+from workers.io import Judge, RunIO
 from workers.models.sd3 import SD3
 from workers.state import Trained, Weights, whole
 
@@ -30,23 +30,24 @@ NUM_HELD_OUT = 512
 
 
 class NonFiniteLossError(Exception):
-    """The loss or its gradient is not finite; raised on every rank, before the update.
+    """The loss, its gradient or what is measured is not finite; raised on every rank, before the update.
 
     Args:
         step: the step that was not made (steps done so far).
         ranks: where the loss itself was not finite; empty if only the gradient was not.
         last_checkpoint: where the run can go on from.
+        measured: the metric that was not finite, "" if it was the loss or its gradient.
     """
 
-    def __init__(self, step: int, ranks: Sequence[int], last_checkpoint: str) -> None:
-        super().__init__(step, list(ranks), last_checkpoint)  # the arguments, so that it survives pickling
-        self.step, self.ranks, self.last_checkpoint = step, list(ranks), last_checkpoint
+    def __init__(self, step: int, ranks: Sequence[int], last_checkpoint: str, measured: str = "") -> None:
+        super().__init__(step, list(ranks), last_checkpoint, measured)  # the arguments, so that it survives pickling
+        self.step, self.ranks, self.last_checkpoint, self.measured = step, list(ranks), last_checkpoint, measured
 
     def __str__(self) -> str:
         what = (
             f"loss is not finite on ranks {self.ranks}"
             if self.ranks
-            else "gradient, the sum over all ranks, is not finite"
+            else f"{self.measured or 'gradient, the sum over all ranks,'} is not finite"
         )
         return f"{what} at step {self.step} (last checkpoint: {self.last_checkpoint}); stopped before the update"
 
@@ -59,6 +60,7 @@ def post_train(
     *,
     initial: Weights | None = None,
     device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
+    judge: Judge | None = None,
 ) -> TrainState:
     """Trains to `run.training.steps`, from the newest checkpoint if there is one, and returns the final state.
 
@@ -71,6 +73,8 @@ def post_train(
         io: this worker's surroundings.
         initial: weights to start from (rank 0's count), None for fresh ones.
         device: where to compute.
+        judge: what measures the averaged weights at checkpoints; its metrics stand beside the held-out loss in the
+            history, before the checkpoint is written, so that no step is measured twice.
 
     Raises:
         NonFiniteLossError: on every rank.
@@ -82,6 +86,8 @@ def post_train(
     if data.captions and isinstance(model, SD3):
         model.set_captions(data.captions.text, data.captions.pooled)
     step, history = trained.restore()
+    if judge:
+        judge.restored(history)
 
     shards = _shards_of(io.rank, io.world_size, training.num_shards, training.reproducible)
     gradients = (_OrderedGradients if training.reproducible else _JoinedGradients)(run, model, io.world_size)
@@ -119,14 +125,20 @@ def post_train(
         if step % training.checkpoint_every == 0 or step == training.steps:
             with trained.averaged() as averaged:
                 score = held_out_loss(run, averaged, held_out, io, device)
-            if not math.isfinite(score):  # the same on all ranks
+                found = {"eval/loss": score}
+                if judge and math.isfinite(score):
+                    allow_tf32(False)  # measuring is always in fp32
+                    found |= judge.measure(step, averaged)
+                    _set_precision(training.precision)
+            broken = next((key for key, value in found.items() if not math.isfinite(value)), None)
+            if broken:  # the same on all ranks
                 if io.rank == 0:
                     io.wait()
-                raise NonFiniteLossError(step, [], io.last_checkpoint)
-            history.append({"step": step, "eval/loss": score})
+                raise NonFiniteLossError(step, [], io.last_checkpoint, broken)
+            history.append({"step": step, **found})
             state = trained.state(step, history) if io.rank == 0 or training.sharded else None
             if io.rank == 0 and state:
-                io.report(step, {"eval/loss": score})
+                io.report(step, found)
                 io.save(state, score)
             window_start = time.perf_counter()
     if io.rank == 0:

@@ -25,7 +25,7 @@ ALLOWED = {
     },
 }  # fmt: skip
 # what only these files may import
-WORKERS = ("stages", "measuring", "site")  # of orchestration, what runs on a worker
+WORKERS = ("stages", "measuring", "objective", "site")  # of orchestration, what runs on a worker
 CONFINED = {
     "torchdiffeq": ["mixflow_core/samplers.py"],
     "diffusers": ["workers/*.py"],
@@ -35,6 +35,7 @@ CONFINED = {
     "botocore": ["orchestration/storage.py"],
     "mlflow": ["orchestration/tracking.py", "orchestration/tracked.py"],  # one writes, the other reads
     "psycopg2": ["orchestration/tracking.py"],
+    "optuna": ["orchestration/space.py"],
     # WORKERS' files and encode.py's Worker run on a worker; the others ask torch about the machine (DRIVER_TORCH).
     "orchestration:torch": [f"orchestration/{name}.py" for name in (*WORKERS, "encode", "launch", "cluster", "plan")],
     "orchestration:numpy": ["orchestration/measuring.py"],

@@ -13,6 +13,7 @@ from orchestration.recipe import load
 from orchestration.site import Site
 from orchestration.stages import run_stages
 from orchestration.storage import open_storage
+from orchestration.trials import trial_experiment
 from orchestration.workflow import Workspace
 from workers import sample
 
@@ -59,5 +60,35 @@ def run_rank(rank: int, world_size: int, directory: Path, kinds: Sequence[str], 
     workspace = Workspace(load("quickstart", overrides), open_storage(str(directory / "ws")))
     site = Site(workspace, rank, world_size, torch.device("cpu"), directory / "cache", lambda *told: None)
     run_stages(site, [stage for stage in workspace.stages.values() if stage.kind in kinds])
+    if world_size > 1:
+        dist.destroy_process_group()
+
+
+def run_trial(world_size: int, workspace: Path, params: dict[str, object], overrides: Sequence[str]) -> None:
+    """Runs trial t000 on `world_size` processes; each leaves the rungs that it told in `rungs-<rank>`, a line each."""
+    (workspace / "group").unlink(missing_ok=True)
+    arguments = (world_size, workspace, params, tuple(overrides))
+    if world_size == 1:
+        trial_rank(0, *arguments)
+    else:
+        mp.spawn(trial_rank, arguments, nprocs=world_size)
+
+
+def trial_rank(
+    rank: int, world_size: int, directory: Path, params: dict[str, object], overrides: Sequence[str]
+) -> None:
+    """One process's part."""
+    torch.set_num_threads(1)
+    if world_size > 1:
+        dist.init_process_group("gloo", init_method=f"file://{directory}/group", rank=rank, world_size=world_size)
+
+    def rung(step: int, value: float) -> None:
+        with (directory / f"rungs-{rank}").open("a") as file:
+            file.write(f"{step} {value!r}\n")
+
+    experiment = trial_experiment(load("quickstart", overrides), "t000", params)
+    workspace = Workspace(experiment, open_storage(str(directory / "ws")), "t000")
+    site = Site(workspace, rank, world_size, torch.device("cpu"), directory / "cache", lambda *told: None, rung)
+    run_stages(site, [workspace.stages["trials/t000"]])
     if world_size > 1:
         dist.destroy_process_group()

@@ -1,0 +1,214 @@
+"""A sweep's search space, and what is tried next: pure functions of the seed, the trial's number and what is known.
+
+So a sweep that was killed, or is extended, goes on with the trials that it would have had anyway.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import Any, Literal
+
+LAWS = ("uniform(a,b)", "loguniform(a,b)", "randint(a,b)", "choice(a,b,...)", "grid(a,b,...)")
+RANGES, LISTS = ("uniform", "loguniform", "randint"), ("choice", "grid")
+# Trials have these of their own. The rest is of the data, the base or the evaluation, which they share.
+SECTIONS = ("mixture", "training", "corrective")
+SHARED = ("training.global_batch_size", "training.num_shards")  # they decide the order of the data and the noise
+STARTUP_TRIALS = 5  # that Optuna's sampler draws at random before it models anything
+MOST_CORNERS = 256
+
+Search = Literal["random", "grid", "optuna"]
+Params = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Law:
+    """The law of one key.
+
+    Attributes:
+        kind: `uniform` and `loguniform` over [a, b], `randint` over the integers a to b, both included; `choice` among
+            values; `grid`, all of them.
+        values: a and b, or the values.
+    """
+
+    kind: str
+    values: tuple[Any, ...]
+
+    @property
+    def ends(self) -> tuple[Any, ...]:
+        """What must be valid for all of it to be: both ends of a range, every value of a list."""
+        return self.values
+
+    @property
+    def points(self) -> tuple[Any, ...] | None:
+        """All values, None of a continuous range."""
+        if self.kind == "randint":
+            return tuple(range(self.values[0], self.values[1] + 1))
+        return self.values if self.kind in LISTS else None
+
+    def at(self, u: float) -> Any:
+        """The value at u in [0, 1) of the law's distribution."""
+        points = self.points
+        if points is not None:
+            return points[int(u * len(points))]
+        low, high = self.values
+        if self.kind == "loguniform":
+            return min(high, max(low, math.exp(math.log(low) + u * (math.log(high) - math.log(low)))))
+        return min(high, low + u * (high - low))
+
+    def holds(self, value: Any) -> bool:
+        """Whether it could have drawn the value."""
+        points = self.points
+        if points is not None:
+            return any(value == point and type(value) is type(point) for point in points)
+        return isinstance(value, int | float) and bool(self.values[0] <= value <= self.values[1])
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A trial that was begun: its place in the order, its parameters, and its objective once it has finished."""
+
+    number: int
+    params: Params
+    objective: float | None = None
+
+
+def parse_space(space: Mapping[str, str]) -> dict[str, Law]:
+    """The laws of `dotted.key: law(...)`.
+
+    Raises:
+        ValueError: one line naming the key, what is wrong with it and the mend.
+    """
+    return {key: _parse(key, text) for key, text in space.items()}
+
+
+def _parse(key: str, text: str) -> Law:
+    section, _, rest = key.partition(".")
+    if section not in SECTIONS or not rest:
+        raise ValueError(
+            f"space must have keys of {', '.join(SECTIONS)}, got {key!r}; trials share data, base and evaluation"
+        )
+    if key in SHARED:
+        raise ValueError(f"space must not have {key}, got {text!r}; trials share the order of the data and the noise")
+    match = re.fullmatch(r"\s*(\w+)\s*\((.*)\)\s*", text)
+    if not match or match[1] not in (*RANGES, *LISTS):
+        raise ValueError(f"space.{key} must be one of {', '.join(LAWS)}, got {text!r}; correct it")
+    kind, words = match[1], [word.strip() for word in match[2].split(",")]
+    values = tuple(_value(word) for word in words)
+    if "" in words or len(set(values)) < len(values):
+        raise ValueError(f"space.{key} must have values that differ, got {text!r}; correct it")
+    if kind in RANGES:
+        _check_range(key, kind, values, text)
+    return Law(kind, values)
+
+
+def _check_range(key: str, kind: str, values: Sequence[Any], text: str) -> None:
+    number = int if kind == "randint" else (int | float)
+    numbers = [v for v in values if isinstance(v, number) and not isinstance(v, bool) and math.isfinite(v)]
+    if len(numbers) != 2 or len(values) != 2 or numbers[0] >= numbers[1]:
+        what = "integers" if kind == "randint" else "numbers"
+        raise ValueError(f"space.{key} must have two {what}, the lower one first, got {text!r}; correct it")
+    if kind == "loguniform" and numbers[0] <= 0:
+        raise ValueError(f"space.{key} must be above 0 for loguniform, got {text!r}; use uniform, or raise it")
+
+
+def _value(word: str) -> Any:
+    if word in ("true", "false"):
+        return word == "true"
+    for number in (int, float):
+        try:
+            return number(word)
+        except ValueError:
+            continue
+    return word.strip("'\"")
+
+
+def search_of(laws: Mapping[str, Law], search: Search | None) -> Search:
+    """The search that is meant: what is named, else the grid of grids, else random.
+
+    Raises:
+        ValueError: the laws and the search do not fit.
+    """
+    grids = [key for key, law in laws.items() if law.kind == "grid"]
+    found = search or ("grid" if grids else "random")
+    if found == "grid":
+        ranges = [key for key, law in laws.items() if law.points is None]
+        if ranges:
+            raise ValueError(f"space.{ranges[0]} must be a grid, choice or randint for grid search; list its values")
+    elif grids:
+        raise ValueError(f"space.{grids[0]} must not be a grid for {found} search; call it choice, or search the grid")
+    return found
+
+
+def grid_size(laws: Mapping[str, Law]) -> int:
+    """Points of the grid of finite laws."""
+    return math.prod(len(law.points or ()) for law in laws.values())
+
+
+def corners(laws: Mapping[str, Law]) -> list[dict[str, Any]]:
+    """All combinations of ends; of many keys, each end once with the first and the last ends of all others."""
+    ends = {key: law.ends for key, law in laws.items()}
+    if math.prod(map(len, ends.values())) <= MOST_CORNERS:
+        return [dict(zip(ends, values, strict=True)) for values in product(*ends.values())]
+    first, last = ({key: values[place] for key, values in ends.items()} for place in (0, -1))
+    return [{**others, key: value} for others in (first, last) for key, values in ends.items() for value in values]
+
+
+def suggest(
+    laws: Mapping[str, Law], search: Search, seed: int, number: int, tried: Sequence[Tried], *, lower_is_better: bool
+) -> dict[str, Any] | None:
+    """The parameters of trial `number`; None where a grid has no more points.
+
+    Args:
+        laws: by key.
+        search: `grid` goes on with the first point that was not tried; `random` depends on seed and number alone;
+            `optuna` asks its TPE sampler, told of the finished trials in the order of their numbers.
+        seed: of the sweep.
+        number: of the trial, from 0.
+        tried: every trial that was begun.
+        lower_is_better: of the objective.
+    """
+    if search == "grid":
+        begun = [dict(trial.params) for trial in tried]
+        points = product(*(law.points or () for law in laws.values()))
+        return next((point for p in points if (point := dict(zip(laws, p, strict=True))) not in begun), None)
+    if search == "random":
+        return {key: law.at(random.Random(f"{seed}/{key}/{number}").random()) for key, law in laws.items()}
+    return _ask_optuna(laws, seed, number, tried, lower_is_better)
+
+
+def _ask_optuna(
+    laws: Mapping[str, Law], seed: int, number: int, tried: Sequence[Tried], lower_is_better: bool
+) -> dict[str, Any]:
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    distributions = {key: _distribution(law) for key, law in laws.items()}
+    own = int.from_bytes(hashlib.sha256(f"{seed}/optuna/{number}".encode()).digest()[:4], "little")
+    sampler = optuna.samplers.TPESampler(seed=own, n_startup_trials=STARTUP_TRIALS)
+    study = optuna.create_study(direction="minimize" if lower_is_better else "maximize", sampler=sampler)
+    for trial in sorted(tried, key=lambda trial: trial.number):
+        # Of a sweep that was extended, only what the present space could have drawn.
+        fits = set(trial.params) == set(laws) and all(laws[key].holds(v) for key, v in trial.params.items())
+        if fits and trial.objective is not None:
+            known = optuna.trial.create_trial(
+                params=dict(trial.params), distributions=distributions, value=trial.objective
+            )
+            study.add_trial(known)
+    return dict(study.ask(distributions).params)
+
+
+def _distribution(law: Law) -> Any:
+    import optuna
+
+    if law.kind in LISTS:
+        return optuna.distributions.CategoricalDistribution(law.values)
+    if law.kind == "randint":
+        return optuna.distributions.IntDistribution(*law.values)
+    low, high = law.values
+    return optuna.distributions.FloatDistribution(low, high, log=law.kind == "loguniform")

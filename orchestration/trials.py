@@ -1,0 +1,71 @@
+"""The trials of a sweep as experiments of their own, and what is checked before the first of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
+
+from orchestration.experiment import Experiment
+from orchestration.recipe import put, validated
+from orchestration.sections import Sweep
+from orchestration.space import corners
+from workers.manifest import canonical_hash
+
+STANDARD, MATCHED = CONTROLS = ("standard", "matched")
+SCHEDULING = {"space", "search", "scheduler", "num_trials", "grace_steps", "reduction_factor"}
+# Of an experiment, what its trials do not read.
+UNREAD = {"cluster", "arms", "replicates", "claims"}
+
+
+def label_of(number: int) -> str:
+    """Name of trial `number`."""
+    return f"t{number:03d}"
+
+
+def trial_experiment(experiment: Experiment, label: str, params: Mapping[str, Any]) -> Experiment:
+    """The experiment with a trial's parameters, whose arms are standard training and the trial.
+
+    Args:
+        experiment: with a sweep section.
+        label: `standard`, `matched`, or `t<number>`.
+        params: dotted keys, set as `--set` does.
+
+    Raises:
+        ValueError: one line that names the parameters, what is wrong and the mend.
+    """
+    raw = json.loads(experiment.model_dump_json())
+    raw["claims"] = []
+    raw["arms"] = {STANDARD: {"mixture": asdict(experiment.standard)}}
+    if label != STANDARD:
+        raw["arms"][label] = {"judged": False, "mixture": {"condition_on": "m"} if label == MATCHED else {}}
+    for key, value in params.items():
+        put(raw, f"arms.{label}.{key}" if key.startswith("corrective.") else key, value)
+    at = ", ".join(f"{key}={value}" for key, value in params.items())
+    return validated(f"{experiment.name} with {at}" if at else experiment.name, raw)
+
+
+def check_space(experiment: Experiment) -> list[Experiment]:
+    """The experiments at the corners of the space, all valid; at least one.
+
+    Raises:
+        ValueError: the sweep has no space, a key does not exist, or a corner is no valid run.
+    """
+    laws = sweep_of(experiment).laws
+    if not laws:
+        raise ValueError("sweep.space must have a key, got none; add --space 'mixture.gamma=uniform(0.2,1.0)'")
+    for control in CONTROLS:
+        trial_experiment(experiment, control, {})
+    return [trial_experiment(experiment, label_of(n), corner) for n, corner in enumerate(corners(laws))]
+
+
+def sweep_of(experiment: Experiment) -> Sweep:
+    """The sweep section, or its defaults."""
+    return experiment.sweep or Sweep()
+
+
+def sweep_identity(experiment: Experiment) -> str:
+    """Hash of what all trials share: a sweep with a wider space, more trials or another search is the same sweep."""
+    shared = experiment.model_dump(mode="json", exclude=UNREAD | {"sweep"})
+    return canonical_hash({**shared, "sweep": sweep_of(experiment).model_dump(mode="json", exclude=SCHEDULING)})[:12]
