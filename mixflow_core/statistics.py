@@ -137,7 +137,12 @@ def variance_parts(values: Sequence[Sequence[float]]) -> VarianceParts:
 
 
 def bootstrap_sd(
-    statistic: Callable[[Tensor], float], count: int, *, resamples: int, numbers: torch.Generator
+    statistic: Callable[[Tensor], float],
+    count: int,
+    *,
+    resamples: int,
+    numbers: torch.Generator,
+    groups: Tensor | None = None,
 ) -> float:
     """Bootstrap standard deviation (Efron 1979) of a statistic of `count` rows: its sampling variation within one seed.
 
@@ -147,16 +152,30 @@ def bootstrap_sd(
         count: number of rows.
         resamples: at least 2; the result's own relative error is about 1 / sqrt(2 resamples).
         numbers: draws the rows.
+        groups: int64 (count,), on the generator's device, where each group has a fixed number of rows: as many are
+            drawn of each, and the result is freed of the degrees of freedom that groups of few rows lose, which is
+            exact where all groups vary alike. None: all rows come from one draw.
 
     Raises:
-        ValueError: resamples or count is too small.
+        ValueError: resamples or count is too small, or no group has two rows.
     """
     if resamples < 2:
         raise ValueError(f"resamples must be at least 2, got {resamples}")
     if count < 1:
         raise ValueError(f"count must be at least 1, got {count}")
-    draws = (torch.randint(count, (count,), generator=numbers, device=numbers.device) for _ in range(resamples))
-    return math.sqrt(_squares([statistic(rows) for rows in draws]) / (resamples - 1))
+    device = numbers.device
+    pools, share = [torch.arange(count, device=device)], 1.0
+    if groups is not None:
+        pools = [(groups == group).nonzero().flatten() for group in groups.unique()]
+        share = 1 - len(pools) / count  # of the variation of new rows, what rows drawn again within groups show
+    if not share:
+        raise ValueError("groups must have two rows in one group or more, got one in each; leave groups out")
+
+    def draw() -> Tensor:
+        places = (torch.randint(len(rows), (len(rows),), generator=numbers, device=device) for rows in pools)
+        return torch.cat([rows[place] for rows, place in zip(pools, places, strict=True)])
+
+    return math.sqrt(_squares([statistic(draw()) for _ in range(resamples)]) / (resamples - 1) / share)
 
 
 def pairs_needed(sd: float, effect: float, *, confidence: float = 0.95, power: float = 0.8) -> int | None:

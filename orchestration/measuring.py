@@ -103,13 +103,14 @@ def metrics(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[s
             mine: dict[int, Any] = {}
             for number, (pixels, labels) in _parts(site, inputs["samples"], cell):
                 fits = _fits(clip, pixels, [captions[i] for i in labels.tolist()]) if clip else None
-                mine[number] = (*_measured(extractors, pixels), fits)
+                mine[number] = (*_measured(extractors, pixels), fits, labels)
             parts = site.gather(mine, to=owner)
             if site.rank == owner:
                 kept = _in_order(parts)
         if site.rank < len(cells) - first:
+            classes = torch.cat([part[3] for part in kept]) if stage.settings["label_law"] == "equal" else None
             found = [
-                score(kind, Measured.join([part[0][kind] for part in kept]), references[kind], site.device)
+                score(kind, Measured.join([part[0][kind] for part in kept]), references[kind], site.device, classes)
                 for kind in extractors
             ]
             if patches:

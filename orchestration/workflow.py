@@ -141,7 +141,9 @@ def stages_of(experiment: Experiment) -> list[Stage]:
     for pair in range(e.num_pairs):
         for arm in e.arms:
             inputs = (f"samples/{arm}/{pair}", "features", "reference", *captioned)
-            stages.append(Stage(f"metrics/{arm}/{pair}", {"extractors": _hashes(e)}, inputs))
+            # The label law decides how images are resampled for their variation within a seed.
+            settings = {"extractors": _hashes(e), "label_law": e.evaluation.label_law}
+            stages.append(Stage(f"metrics/{arm}/{pair}", settings, inputs))
     reported = tuple(s.name for s in stages if s.kind in ("metrics", "slow-flow"))
     return [*stages, Stage("report", {"experiment": e.identity}, reported, on_driver=True)]
 

@@ -175,7 +175,9 @@ def _moved(gaussian: Gaussian, device: torch.device) -> Gaussian:
 # --------------------------------------------------------------------------------------------------------------- scores
 
 
-def score(kind: str, found: Measured, reference: Reference, device: torch.device) -> dict[str, Any]:
+def score(
+    kind: str, found: Measured, reference: Reference, device: torch.device, classes: Tensor | None = None
+) -> dict[str, Any]:
     """Every metric of a sample set that its features and the reference allow.
 
     Args:
@@ -183,10 +185,13 @@ def score(kind: str, found: Measured, reference: Reference, device: torch.device
         found: the samples.
         reference: what they are compared with, on `device`.
         device: where distances are computed, in float64.
+        classes: labels (N,) where their numbers are fixed (label law `equal`): images are then resampled within their
+            class. None: labels are as random as the images.
 
     Returns:
-        Metric -> value; `within`: metric -> standard deviation over resampled images, the variation within a seed; and
-        `by_count`: metric -> number of images -> value of the first so many.
+        Metric -> value; `within`: metric -> standard deviation over resampled images, the variation within a seed,
+        empty where every image has a class of its own; and `by_count`: metric -> number of images -> value of the
+        first so many.
 
     Raises:
         ValueError: too few images for a covariance.
@@ -198,10 +203,13 @@ def score(kind: str, found: Measured, reference: Reference, device: torch.device
         return frechet_distance(Moments.of(features[rows]).gaussian, reference.gaussian)
 
     count, name = len(features), names["frechet"]
-    spread = bootstrap_sd(distance_of, count, resamples=RESAMPLES, numbers=generator(0, "eval", 2))
+    within = {}
+    if classes is None or len(classes.unique()) < count:
+        numbers = generator(0, "eval", 2)
+        within[name] = bootstrap_sd(distance_of, count, resamples=RESAMPLES, numbers=numbers, groups=classes)
     counts = [n for n in (count // 4, count // 2, count) if n > features.shape[1]]
     by_count = {str(n): frechet_distance(Moments.of(features[:n]), reference.gaussian) for n in counts}
-    return {**scores, "within": {name: spread}, "by_count": {name: by_count}}
+    return {**scores, "within": within, "by_count": {name: by_count}}
 
 
 def one_score(metric: str, kind: str, found: Measured, reference: Reference, device: torch.device) -> float:

@@ -200,6 +200,32 @@ def test_the_bootstrap_draws_rows_with_replacement_from_the_generator_it_is_give
     assert same == again != other
 
 
+@pytest.mark.parametrize("rows_each", [2, 3, 30])
+def test_the_bootstrap_within_groups_is_the_closed_form_of_a_stratified_mean(rows_each):
+    """The mean of strata of n rows each varies by the mean of their variances over the number of rows, however few."""
+    groups = torch.arange(24 * rows_each) % 24
+    x = normals(4, len(groups)) + 10 * groups
+    variances = [x[groups == group].var().item() for group in range(24)]
+    expected = math.sqrt(np.mean(variances) / len(x))
+    numbers = torch.Generator().manual_seed(0)
+
+    def mean_of(rows):
+        assert groups[rows].bincount().tolist() == [rows_each] * 24
+        return float(x[rows].mean())
+
+    assert bootstrap_sd(mean_of, len(x), resamples=2000, numbers=numbers, groups=groups) == pytest.approx(
+        expected, rel=0.06
+    )
+
+
+def test_a_bootstrap_within_groups_of_one_row_is_refused():
+    numbers = torch.Generator()
+    with pytest.raises(
+        ValueError, match=r"^groups must have two rows in one group or more, got one in each; leave groups out$"
+    ):
+        bootstrap_sd(lambda rows: 0.0, 5, resamples=2, numbers=numbers, groups=torch.arange(5))
+
+
 def test_a_bootstrap_of_nothing_is_refused():
     with pytest.raises(ValueError, match=r"^resamples must be at least 2, got 1$"):
         bootstrap(float, 5, resamples=1)

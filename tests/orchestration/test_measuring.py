@@ -7,14 +7,15 @@ import json
 import logging
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from stage_group import SMALL, run_group
 
-from orchestration import stages
 from orchestration.cli import _checkpoint, main
+from orchestration import measuring, stages
 from orchestration.convert import export_samples
 from orchestration.progress import Progress
 from orchestration.recipe import load
@@ -182,6 +183,20 @@ def test_the_metrics_are_those_of_the_samples(alone):
     }  # fmt: skip
     assert set(cell["by_count"]["fd_digits"]) == {"90", "180"}, "45 images have no covariance of 64 features"
     assert 0 < cell["within"]["fd_digits"] < cell["fd_digits"]
+
+
+@pytest.mark.parametrize(("law", "expected"), [("equal", [i % 10 for i in range(100)]), ("random", None)])
+def test_the_label_law_says_how_images_are_resampled(law, expected, trained, tmp_path, monkeypatch):
+    directory, seen, score = copy_of(trained, tmp_path / law), [], measuring.score
+
+    def watched(*arguments: Any) -> dict[str, Any]:
+        seen.append(arguments[4])
+        return score(*arguments)
+
+    monkeypatch.setattr(measuring, "score", watched)
+    few = ("evaluation.samplers=[{method: euler, num_steps: 3}]", "evaluation.num_samples=100")
+    run_group(1, directory, ("samples", "metrics"), (*SMALL, *few, f"evaluation.label_law={law}"))
+    assert [labels if labels is None else labels.tolist() for labels in seen] == [expected] * 8
 
 
 def test_grey_samples_are_not_exported_for_adm(alone, tmp_path):

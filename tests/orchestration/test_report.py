@@ -205,6 +205,12 @@ def test_both_sources_of_variation_are_shown(enriched, written):
     assert "within a seed " not in written[0].text
 
 
+def test_the_report_says_how_images_were_resampled(tmp_path, written):
+    assert "a bootstrap of the images, as many of each class, as the labels are equal)" in written[0].text
+    page, _ = write(Fabricated(tmp_path / "made", "evaluation.label_law=random"), tmp_path / "out")
+    assert "a bootstrap of the images, of whatever class, as the labels are random)" in page.text
+
+
 def test_with_several_bases_their_variation_is_named(tmp_path, written):
     summary = copy.deepcopy(written[1])
     for arm in summary["arms"].values():

@@ -80,6 +80,12 @@ def test_what_is_needed_and_nothing_else():
     assert needed_for(every, lambda stage: False) == []
 
 
+def test_metrics_are_told_apart_by_the_label_law_that_their_variation_within_a_seed_depends_on():
+    for law in ("equal", "random"):
+        stages = stages_of(load("quickstart", [f"evaluation.label_law={law}"]))
+        assert {stage.settings["label_law"] for stage in stages if stage.kind == "metrics"} == {law}
+
+
 def test_no_identity_before_the_inputs_are_there(storage, tmp_path):
     workspace = workspace_of(storage)
     assert workspace.identity("data")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy import linalg
 from torch import Tensor
+from torch.nn import functional
 
 from mixflow_core.metrics import Moments
 from workers.data import digits
@@ -111,6 +112,30 @@ def test_the_variation_within_a_seed_is_that_of_other_draws(splits):
     between = float(np.std([s["fd_digits"] for s in scores], ddof=1))
     within = float(np.mean([s["within"]["fd_digits"] for s in scores]))
     assert within == pytest.approx(between, rel=0.25)
+
+
+@pytest.mark.parametrize("law", ["equal", "random"])
+def test_the_variation_within_a_seed_follows_the_law_of_the_labels(law):
+    """Classes that lie far apart: their numbers, if random, make nearly all of the variation, and if equal none."""
+    numbers = torch.Generator().manual_seed(0)
+
+    def draw(count: int) -> tuple[Tensor, Tensor]:
+        labels = torch.arange(count) % 5 if law == "equal" else torch.randint(5, (count,), generator=numbers)
+        return torch.randn(count, 6, generator=numbers) + 15 * functional.one_hot(labels, 6), labels
+
+    reference = Reference(Moments.of(draw(20000)[0] + torch.tensor([4.0, -4, 0, 0, 0, 0])).gaussian)
+    drawn = [draw(300) for _ in range(60)]
+    scores = [score("digits", Measured(x), reference, CPU, y if law == "equal" else None) for x, y in drawn]
+    between = float(np.std([s["fd_digits"] for s in scores], ddof=1))
+    within = float(np.mean([s["within"]["fd_digits"] for s in scores]))
+    assert within == pytest.approx(between, rel=0.25)
+
+
+def test_images_that_all_have_a_class_of_their_own_show_no_variation_within_a_seed(splits):
+    found = Measured.of(Pixels("digits"), splits["train"][:200])
+    scores = score("digits", found, Reference.of(found), CPU, torch.arange(200))
+    assert scores["within"] == {}
+    assert "200" in scores["by_count"]["fd_digits"]
 
 
 def test_distances_order_real_blurred_and_random_images(splits):
