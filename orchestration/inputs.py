@@ -100,8 +100,8 @@ def _left_out(settings: Images, files: Sequence[str]) -> list[str]:
     if not files:
         return []
     return [
-        f"data.images.source {settings.source} has files that are left out, of no suffix of images that are read: "
-        f"{len(files)}, the first {files[0]}"
+        f"data.images.source {settings.source} has files that are left out, neither images that are read nor beside "
+        f"one: {len(files)}, the first {files[0]}"
     ]
 
 

@@ -54,7 +54,8 @@ class Source(NamedTuple):
         labels: class of each image in 0..n-1, each of which occurs; None where captions were asked for.
         captions: of each image; None where class labels were asked for.
         classes: names of the classes by label, for class folders; else empty.
-        left_out: files below the root that are neither read nor known companions of what is, sorted.
+        left_out: files below the root that are neither read nor known companions of what is, sorted; of a captioned
+            folder also the .txt files without an image.
     """
 
     kind: Kind
@@ -93,7 +94,8 @@ def list_source(source: str, *, captions: bool) -> Source:
             .txt file beside it.
 
     Raises:
-        ValueError: nothing is there, it is of several kinds, or an image lacks what is wanted.
+        ValueError: nothing is there, it is of several kinds, or an image lacks what is wanted; a directory is below
+            itself by a link, or a tar has links or goes on after its end.
     """
     root, files = _files(source)
     kinds = {kind: found for file in files if (kind := _KIND_OF.get(_suffix(file))) for found in [file]}
@@ -106,6 +108,9 @@ def list_source(source: str, *, captions: bool) -> Source:
     (kind,) = kinds
     chosen = [file for file in files if _KIND_OF.get(_suffix(file)) == kind]
     left_out = [file for file in files if _suffix(file) not in (*_KIND_OF, *COMPANIONS)]
+    if captions and kind == "folder":
+        beside = {PurePosixPath(file).with_suffix(".txt").as_posix() for file in chosen}
+        left_out = sorted([*left_out, *(file for file in files if file.endswith(".txt") and file not in beside)])
     classes: list[str] = []
     if kind == "folder":
         classes = [] if captions else _classes(root, chosen, files)
@@ -117,6 +122,11 @@ def list_source(source: str, *, captions: bool) -> Source:
         raise ValueError(f"source must hold images, got none in {source}; correct the path")
     places, wanted = [place for place, _ in found], [value for _, value in found]
     if captions:
+        empty = next((place.name for place, caption in found if not str(caption).strip()), None)
+        if empty is not None:
+            raise ValueError(
+                f"source must have words in every caption, got none for {empty}; write some, or remove the image"
+            )
         return Source(kind, root, places, None, [str(caption) for caption in wanted], [], left_out)  # type: ignore[arg-type]
     labels = [int(label) for label in wanted]
     _check_labels(labels, places)
@@ -135,9 +145,17 @@ def _files(source: str) -> tuple[Path, list[str]]:
     """The root and the sorted files below it, hidden ones left out."""
     path = Path(source).expanduser().absolute()
     if path.is_dir():
-        found = []
+        found, around = [], {str(path): {os.path.realpath(path)}}  # a directory: its own real path and those above
         for directory, folders, names in os.walk(path, followlinks=True):
             folders[:] = [name for name in folders if not name.startswith(".")]
+            above = around.pop(directory)
+            for folder in folders:
+                inner = os.path.join(directory, folder)
+                if (real := os.path.realpath(inner)) in above:
+                    raise ValueError(
+                        f"source must have no directory below itself, got the link {inner} to {real}; remove it"
+                    )
+                around[inner] = {*above, real}
             below = Path(directory).relative_to(path).as_posix()
             found += [name if below == "." else f"{below}/{name}" for name in names if not name.startswith(".")]
         return path, sorted(found)
@@ -207,8 +225,13 @@ def _tar(root: Path, file: str, captions: bool) -> Iterator[_Found]:
         with tarfile.open(root / file, "r:") as tar:
             for member in tar:
                 folder, _, name = member.name.rpartition("/")
-                if not member.isfile() or name.startswith("."):
+                if member.isdir() or name.startswith("."):
                     continue
+                if not member.isfile():
+                    raise ValueError(
+                        f"source must have files in a tar, got the link or device {member.name} in {file}; pack it "
+                        "anew with tar --dereference --hard-dereference"
+                    )
                 stem, _, suffix = name.partition(".")
                 group = groups.setdefault(f"{folder}/{stem}".lstrip("/"), {})
                 if suffix.lower() in group:
@@ -236,11 +259,17 @@ def _tar(root: Path, file: str, captions: bool) -> Iterator[_Found]:
 
 
 def _check_end(path: Path, end: int) -> None:
-    """A tar ends with blocks of zeros; tarfile takes a file that was cut off between two members for a whole one."""
+    """A tar ends with blocks of zeros; tarfile takes a file that was cut off between two members for a whole one.
+
+    Of two tars that were joined byte by byte it reads the first alone.
+    """
     with path.open("rb") as file:
         file.seek(end)
         if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("it was cut off")
+        while rest := file.read(1 << 20):
+            if any(rest):
+                raise tarfile.ReadError("it goes on after its end; join tars by tar --concatenate, or keep them apart")
 
 
 # --------------------------------------------------------------------------------------------------------- Parquet

@@ -276,8 +276,8 @@ def test_files_that_are_left_out_are_a_warning(tmp_path):
         (tmp_path / "images" / name).write_bytes(b"x")
     (line,) = make_plan(workspace.experiment, Place(workspace.storage, "", []))["warnings"]
     assert line == (
-        f"data.images.source {tmp_path}/images has files that are left out, of no suffix of images that are read: 2, "
-        "the first zero/a.heic"
+        f"data.images.source {tmp_path}/images has files that are left out, neither images that are read nor beside "
+        "one: 2, the first zero/a.heic"
     )
 
 

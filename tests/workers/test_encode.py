@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tarfile
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from workers.data import (
 )
 from workers.encode import Encoder, Images, Plan, Unreadable, plan_encoding
 from workers.pretrained import TextEncoders
+from workers.sources import list_source
 
 CPU = torch.device("cpu")
 PIXELS = CodecConfig(kind="identity", image_size=SIZE)
@@ -204,6 +206,58 @@ def test_files_that_are_no_images_and_no_companions_are_listed(tmp_path):
     (tars / "part-2.tar.gz").write_bytes(b"x")
     assert plan_of(tars).left_out == ["part-2.tar.gz"]
     assert plan_of(tars / "part-1.tar", held_out=1).left_out == []
+
+
+def test_captions_without_an_image_are_listed(tmp_path):
+    source = Path(captioned_folder(tmp_path / "source", pictures(30)))
+    for name in ("lonely.txt", "0001.json"):
+        (source / name).write_text("x")
+    assert list_source(str(source), captions=True).left_out == ["lonely.txt"]
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "parquet"])
+def test_an_empty_caption_is_refused_by_name(tmp_path, kind):
+    images = [*pictures(4), pictures(5)[4]._replace(caption=" ")]
+    if kind == "folder":
+        captioned_folder(tmp_path, images)
+    elif kind == "tar":
+        webdataset(tmp_path, images, captions=True)
+    else:
+        parquet(tmp_path, images)
+    name = {"folder": "0004.png", "tar": r"part-1.tar:1/0003", "parquet": "part-1.parquet[3]"}[kind]
+    with pytest.raises(ValueError, match=re.escape(f"must have words in every caption, got none for {name}")):
+        list_source(str(tmp_path), captions=True)
+
+
+@pytest.mark.parametrize("loop", ["itself", "above", "each other"])
+def test_a_directory_below_itself_is_refused(tmp_path, loop):
+    source = Path(class_folder(tmp_path / "source", pictures(30)))
+    (source / "also").symlink_to(source / "zero")  # a class that is another's images is no loop
+    assert len(list_source(str(source), captions=False).places) > 30
+    if loop == "each other":
+        (source / "one" / "x").symlink_to(source / "two")
+        (source / "two" / "y").symlink_to(source / "one")
+    else:
+        (source / "one" / "x").symlink_to(source if loop == "itself" else tmp_path)
+    assert "source must have no directory below itself, got the link " in refused(source)
+
+
+@pytest.mark.parametrize("kind", [tarfile.LNKTYPE, tarfile.SYMTYPE])
+def test_a_link_in_a_tar_is_refused(tmp_path, kind):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add_member(tar, "x.png", pictures(1)[0].png)
+        add_member(tar, "x.cls", b"0")
+        link = tarfile.TarInfo("y.png")
+        link.type, link.linkname = kind, "x.png"
+        tar.addfile(link)
+    assert "got the link or device y.png in a.tar; pack it " in refused(tmp_path / "a.tar")
+
+
+def test_tars_that_were_joined_byte_by_byte_are_refused(tmp_path):
+    webdataset(tmp_path, pictures(30))
+    parts = [tmp_path / f"part-{part}.tar" for part in (0, 1)]
+    (tmp_path / "joined.tar").write_bytes(b"".join(part.read_bytes() for part in parts))
+    assert "joined.tar (it goes on after its end; join tars by tar --conc" in refused(tmp_path / "joined.tar")
 
 
 # ------------------------------------------------------------------------------------------------------------ codecs

@@ -135,6 +135,20 @@ def test_a_file_that_was_cut_off_anywhere_is_refused(tmp_path, ending):
             load_weights(tmp_path / "x.pt")
 
 
+@pytest.mark.parametrize(
+    ("place", "value"), [("flags", 1), ("method", 99), ("method", 8), ("method", 12), ("method", 14)]
+)
+def test_a_zip_whose_headers_were_altered_is_refused(tmp_path, place, value):
+    """Marked as encrypted, or as compressed by a method that nobody has, or that its content is not in."""
+    torch.save({"a": torch.arange(12.0)}, tmp_path / "x.pt")
+    content = bytearray((tmp_path / "x.pt").read_bytes())
+    for mark, flags in ((b"PK\x03\x04", 6), (b"PK\x01\x02", 8)):  # each file's own header and the directory's
+        content[content.find(mark) + flags + (2 if place == "method" else 0)] = value
+    (tmp_path / "x.pt").write_bytes(content)
+    with pytest.raises(ValueError, match=r"^checkpoint x\.pt must .*; get it anew$"):
+        load_weights(tmp_path / "x.pt")
+
+
 @pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
 @pytest.mark.parametrize("damage", [b"garbage", b"", None])
 def test_a_damaged_file_is_named_in_one_line(tmp_path, name, damage):

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import lzma
 import math
 import pickle
 import re
 import struct
 import zipfile
+import zlib
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -93,7 +95,7 @@ def _check_sums(path: Path) -> None:
     try:
         with zipfile.ZipFile(path) as archive:
             altered = archive.testzip()
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, *_TORCH_RAISES) as error:
         raise _unreadable(path, error) from error
     if altered:
         raise ValueError(
