@@ -39,11 +39,20 @@ class Reporter:
         self.tracker = Tracker(open_storage(workspace), tracking_uri, experiment, f"tracking/{home.split('/')[-1]}")
         self.latest: dict[str, Any] = {}
         self.starts = 0
+        self.refusal = ""
         self.warnings: list[str] = []
 
     def warn(self, text: str) -> None:
         """A warning of a worker, for the user to see."""
         self.warnings.append(text)
+
+    def refuse(self, why: str) -> None:
+        """Why a worker cannot go on, which another start would not change."""
+        self.refusal = why
+
+    def refused(self) -> str:
+        """What `refuse` was told; "" if nothing."""
+        return self.refusal
 
     def started(self) -> None:
         """A worker group begins, for the first time or again."""
@@ -119,7 +128,7 @@ def launch(workspace: Workspace, stages: list[Stage], reporter_name: str, max_fa
 
     Raises:
         ControllerDiedError: Ray Train's controller died, and with it the run.
-        RunFailedError: the loss was not finite, or the restarts were used up.
+        RunFailedError: the loss was not finite, an input was wrong, or the restarts were used up.
     """
     import ray
     import ray.train
@@ -174,6 +183,9 @@ def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(experiment.cluster.cpus_per_worker)))
     context = ray.train.get_context()
     reporter = ray.get_actor(config["reporter"], NAMESPACE)
+    why: str = ray.get(reporter.refused.remote())
+    if why:
+        return {"error": why}
 
     def tell(stage: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
         reporter.tell.remote(stage, done, total, metrics, int(time.time() * 1000))
@@ -196,6 +208,10 @@ def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
     except NonFiniteLossError as error:
         # Raised on all ranks together, and again on every restart: returned, so that Ray makes none.
         return {"error": str(error)}
+    except ValueError as error:
+        # Of one rank alone, while others wait for it: Ray has to end them, and the next start ends the run.
+        ray.get(reporter.refuse.remote(" ".join(str(error).split())))
+        raise
     return {}
 
 
