@@ -183,7 +183,7 @@ def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(experiment.cluster.cpus_per_worker)))
     context = ray.train.get_context()
     reporter = ray.get_actor(config["reporter"], NAMESPACE)
-    why: str = ray.get(reporter.refused.remote())
+    why: Any = ray.get(reporter.refused.remote())
     if why:
         return {"error": why}
 
