@@ -24,7 +24,7 @@ from workers.adm import AdmReference, read_reference
 from workers.classifier import NUM_FEATURES
 from workers.codecs import CodecConfig, dino_width, directory_hash, latent_shape_of
 from workers.encode import FEATURE_PATCH, Images, plan_encoding
-from workers.evaluate import metric_names
+from workers.evaluate import PATCH, metric_names
 from workers.extractors import ExtractorConfig, dimension_of
 from workers.manifest import measure
 from workers.models.family import ModelConfig
@@ -157,6 +157,7 @@ def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> None:
     """
     evaluation = experiment.evaluation
     split, known = evaluation.reference.split, None
+    split_images = facts[split]["num_images"] if split and facts else None
     if evaluation.reference.npz:
         with of_section("evaluation.reference", "npz", "sha256"):
             path = Path(local_copy("npz", evaluation.reference.npz, evaluation.reference.sha256 or ""))
@@ -170,6 +171,7 @@ def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> None:
                 f"of its features, got {', '.join(kinds)}; add it"
             )
     _check_primary(experiment, known)
+    _check_patches(experiment, known.num_images if known else split_images)
     for number, config in enumerate(evaluation.extractors):
         if config.kind == "digits":
             dimension = NUM_FEATURES
@@ -184,7 +186,7 @@ def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> None:
                 f"evaluation.num_samples must be more than the {dimension} features of {config.kind}, or their "
                 f"covariance has no full rank, got {evaluation.num_samples}; raise it"
             )
-        images_there = facts[split]["num_images"] if split and facts else None
+        images_there = split_images
         if known and config.kind != "inception":  # whose statistics are given
             images_there = known.num_images or 0
         if images_there is not None and images_there <= dimension:
@@ -192,6 +194,19 @@ def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"evaluation.reference must have more than the {dimension} features of {config.kind}, got "
                 f"{images_there} images in {split or 'npz'}; {mend}"
+            )
+
+
+def _check_patches(experiment: Experiment, reference_images: int | None) -> None:
+    """Whether there are more patches than numbers in one, without which their covariance has no full rank."""
+    evaluation, (channels, side, _) = experiment.evaluation, experiment.image_shape
+    patch = min(PATCH, side)
+    numbers, patches = channels * patch**2, (side // patch) ** 2
+    for name, count in (("num_samples", evaluation.num_samples), ("reference", reference_images)):
+        if count is not None and count * patches <= numbers:
+            raise ValueError(
+                f"evaluation.{name} must have more than {numbers // patches} images, or the covariance of fd_patches "
+                f"has no full rank, got {count}; take more"
             )
 
 

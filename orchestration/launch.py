@@ -43,11 +43,20 @@ class Reporter:
         self.tracker = Tracker(open_storage(workspace), tracking_uri, experiment, f"tracking/{home.split('/')[-1]}")
         self.latest: dict[str, Any] = {}
         self.starts = 0
+        self.refusals: dict[str, str] = {}
         self.warnings: list[str] = []
 
     def warn(self, text: str) -> None:
         """A warning of a worker, for the user to see."""
         self.warnings.append(text)
+
+    def refuse(self, launched: str, why: str) -> None:
+        """Why a worker of a launch cannot go on, which another start would not change."""
+        self.refusals[launched] = why
+
+    def refused(self, launched: str) -> str:
+        """What `refuse` was told of a launch; "" if nothing."""
+        return self.refusals.get(launched, "")
 
     def started(self) -> None:
         """A worker group begins, for the first time or again."""
@@ -137,19 +146,21 @@ def launch(
     Raises:
         ControllerDiedError: Ray Train's controller died, and with it the run.
         DivergedError: the loss, or what was measured, was not finite.
-        RunFailedError: the restarts were used up.
+        RunFailedError: an input was wrong, or the restarts were used up.
     """
     import ray
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
     cluster = workspace.experiment.cluster
-    config = {
+    config: dict[str, Any] = {
         "experiment": workspace.experiment.model_dump_json(),
         "workspace": workspace.storage.uri,
         "stages": [stage.name for stage in stages],
         "reporter": reporter_name,
         "trial": workspace.trial,
+        # Never the same name twice: Ray would take up its own record of the run, ours is the workspace.
+        "name": f"{workspace.experiment.name}-{uuid.uuid4().hex[:8]}",
     }
     gpu = cluster.gpus_per_worker > 0
     trainer = TorchTrainer(
@@ -162,8 +173,7 @@ def launch(
             resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
         ),
         run_config=ray.train.RunConfig(
-            # Never the same name twice: Ray would take up its own record of the run, ours is the workspace.
-            name=f"{workspace.experiment.name}-{uuid.uuid4().hex[:8]}",
+            name=config["name"],
             storage_path=f"{workspace.storage.uri}/ray",
             failure_config=ray.train.FailureConfig(max_failures=max_failures),
             callbacks=list(callbacks),
@@ -175,8 +185,11 @@ def launch(
         raise ControllerDiedError("Ray Train's controller died; see the cluster's logs") from error
     except ray.train.TrainingFailedError as error:
         raise RunFailedError(cause_of(error)) from error
-    if result.return_value and "error" in result.return_value:
-        raise DivergedError(result.return_value["error"])
+    answer = result.return_value or {}
+    if "error" in answer:
+        raise DivergedError(answer["error"])
+    if "wrong_input" in answer:
+        raise RunFailedError(answer["wrong_input"])
 
 
 def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
@@ -194,6 +207,9 @@ def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
     torch.set_num_threads(max(1, int(experiment.cluster.cpus_per_worker)))
     context = ray.train.get_context()
     reporter = ray.get_actor(config["reporter"], NAMESPACE)
+    why: Any = ray.get(reporter.refused.remote(config["name"]))
+    if why:
+        return {"wrong_input": why}
 
     def tell(stage: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
         reporter.tell.remote(stage, done, total, metrics, int(time.time() * 1000))
@@ -221,6 +237,10 @@ def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
     except NonFiniteLossError as error:
         # Raised on all ranks together, and again on every restart: returned, so that Ray makes none.
         return {"error": str(error)}
+    except ValueError as error:
+        # Of one rank alone, while others wait for it: Ray has to end them, and the next start ends the run.
+        ray.get(reporter.refuse.remote(config["name"], " ".join(str(error).split())))
+        raise
     return {}
 
 

@@ -138,13 +138,13 @@ def evaluated(tmp_path: Path):
     dino = {"kind": "dinov2", "weights": str(tmp_path / "judge"), "sha256": digest}
     pixels = {"input_size": 32, "patch_size": 8, "in_channels": 3, "hidden_size": 16, "depth": 1, "num_heads": 2}
 
-    def check(judged: bool = True, **evaluation: Any) -> None:
+    def check(judged: bool = True, side: int = 32, held_out: int = 60, **evaluation: Any) -> None:
         settings = read("quickstart", ["data={shards: /nowhere}"])
-        settings["model"] |= pixels
+        settings["model"] |= pixels | {"input_size": side}
         settings["arms"] = {name: {**(arm or {}), "judged": judged} for name, arm in settings["arms"].items()}
         settings["evaluation"] |= {"extractors": [dino], "primary": "fd_dinov2/euler20/s1", "num_samples": 100}
         settings["evaluation"] |= evaluation
-        facts = {split: {"num_images": 60} for split in ("train", "held_out")}
+        facts = {split: {"num_images": held_out} for split in ("train", "held_out")}
         inputs._check_evaluation(validated("quickstart", settings), facts)
 
     return check
@@ -185,6 +185,26 @@ def test_another_file_than_stated_is_refused(evaluated, tmp_path):
         evaluated(reference={"npz": str(path), "sha256": "a" * 64})
     with pytest.raises(ValueError, match=r"must have inception where evaluation\.reference is an npz, .* got dinov2"):
         evaluated(reference={"npz": str(path), "sha256": found})
+
+
+@pytest.mark.parametrize(
+    ("side", "num_samples", "held_out", "refused"),
+    [
+        (8, 192, 193, "num_samples must have more than 192 images, .* got 192; take more"),  # 3 x 8 x 8 numbers
+        (8, 193, 192, "reference must have more than 192 images, .* got 192; take more"),
+        (8, 193, 193, None),
+        (16, 100, 48, "reference must have more than 48 images, .* got 48; take more"),  # four patches an image
+        (16, 100, 49, None),
+    ],
+)
+def test_too_few_patches_are_refused_before_anything_runs(evaluated, monkeypatch, side, num_samples, held_out, refused):
+    monkeypatch.setattr(inputs, "dimension_of", lambda config: None)
+    settings = {"side": side, "held_out": held_out, "num_samples": num_samples}
+    if refused is None:
+        evaluated(**settings)
+    else:
+        with pytest.raises(ValueError, match=rf"^evaluation\.{refused}"):
+            evaluated(**settings)
 
 
 @pytest.mark.parametrize(

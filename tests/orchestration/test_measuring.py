@@ -14,8 +14,8 @@ import pytest
 import torch
 from stage_group import SMALL, run_group
 
-from orchestration.cli import _checkpoint, main
 from orchestration import measuring, stages
+from orchestration.cli import _checkpoint, main
 from orchestration.convert import export_samples
 from orchestration.progress import Progress
 from orchestration.recipe import load

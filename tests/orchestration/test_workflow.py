@@ -1,18 +1,23 @@
 """Stages: what they are identified by, what is redone, and who may run."""
 
 import json
+import logging
 import os
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 from orchestration import stages, workflow
+from orchestration.launch import worker_entry
 from orchestration.recipe import load
 from orchestration.run import _forced
 from orchestration.site import Site
@@ -416,3 +421,65 @@ def test_a_stage_that_another_experiment_is_at_is_waited_for(storage, monkeypatc
     assert not waiting.is_alive()
     assert worked == ([] if published else ["base"])
     assert storage.exists(lease) == published, "what was taken is given back"
+
+
+# ------------------------------------------------------------------------------------------------- a worker's entry
+
+
+class Told:
+    """Stands for the Reporter actor: every method is called at once by `remote`, and what it says is kept."""
+
+    def __init__(self) -> None:
+        self.why, self.warnings = "", list[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        calls = {
+            "refused": lambda: self.why,
+            "refuse": lambda why: setattr(self, "why", why),
+            "warn": self.warnings.append,
+        }
+        return SimpleNamespace(remote=calls.get(name, lambda *_: None))
+
+
+@pytest.fixture
+def enter(storage, monkeypatch) -> Iterator[Callable[..., dict[str, Any]]]:
+    """Calls worker_entry on a rank, with something else in place of the stages; nothing of Ray is started."""
+    told = Told()
+    monkeypatch.setattr("ray.get_actor", lambda *_: told)
+    monkeypatch.setattr("ray.get", lambda value: value)
+    config = {"experiment": load("quickstart").model_dump_json(), "workspace": storage.uri, "stages": []}
+    before = {name: list(logging.getLogger(name).handlers) for name in ("workers", "orchestration")}
+
+    def call(rank: int, work: Callable[..., None]) -> dict[str, Any]:
+        context = SimpleNamespace(get_world_rank=lambda: rank, get_world_size=lambda: 2)
+        monkeypatch.setattr("ray.train.get_context", lambda: context)
+        monkeypatch.setattr(stages, "run_stages", work)
+        return worker_entry({**config, "reporter": "one"})
+
+    call.told = told  # type: ignore[attr-defined]
+    yield call
+    for name, handlers in before.items():
+        logging.getLogger(name).handlers = handlers
+
+
+def test_a_wrong_input_that_a_worker_finds_is_not_tried_again(enter):
+    """One rank finds it while the other waits: Ray ends both, and the next start says why and does nothing."""
+
+    def wrong(*_: object) -> None:
+        raise ValueError("features must number more than 192,\n got 150")
+
+    with pytest.raises(ValueError, match="features must"):
+        enter(1, wrong)
+    for rank in (0, 1):
+        assert enter(rank, lambda *_: pytest.fail("tried again")) == {
+            "error": "features must number more than 192, got 150"
+        }
+
+
+def test_what_another_start_may_mend_is_tried_again(enter):
+    def lost(*_: object) -> None:
+        raise OSError("no route to the storage")
+
+    with pytest.raises(OSError, match="no route"):
+        enter(1, lost)
+    assert enter(1, lambda *_: None) == {}
