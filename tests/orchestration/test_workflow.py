@@ -430,12 +430,12 @@ class Told:
     """Stands for the Reporter actor: every method is called at once by `remote`, and what it says is kept."""
 
     def __init__(self) -> None:
-        self.why, self.warnings = "", list[str]()
+        self.why, self.warnings = dict[str, str](), list[str]()
 
     def __getattr__(self, name: str) -> Any:
         calls = {
-            "refused": lambda: self.why,
-            "refuse": lambda why: setattr(self, "why", why),
+            "refused": lambda launched: self.why.get(launched, ""),
+            "refuse": self.why.__setitem__,
             "warn": self.warnings.append,
         }
         return SimpleNamespace(remote=calls.get(name, lambda *_: None))
@@ -447,14 +447,14 @@ def enter(storage, monkeypatch) -> Iterator[Callable[..., dict[str, Any]]]:
     told = Told()
     monkeypatch.setattr("ray.get_actor", lambda *_: told)
     monkeypatch.setattr("ray.get", lambda value: value)
-    config = {"experiment": load("quickstart").model_dump_json(), "workspace": storage.uri, "stages": []}
+    about = {"experiment": load("quickstart").model_dump_json(), "workspace": storage.uri, "stages": [], "trial": ""}
     before = {name: list(logging.getLogger(name).handlers) for name in ("workers", "orchestration")}
 
-    def call(rank: int, work: Callable[..., None]) -> dict[str, Any]:
+    def call(rank: int, work: Callable[..., None], launched: str = "first") -> dict[str, Any]:
         context = SimpleNamespace(get_world_rank=lambda: rank, get_world_size=lambda: 2)
         monkeypatch.setattr("ray.train.get_context", lambda: context)
         monkeypatch.setattr(stages, "run_stages", work)
-        return worker_entry({**config, "reporter": "one"})
+        return worker_entry({**about, "reporter": "one", "name": launched})
 
     call.told = told  # type: ignore[attr-defined]
     yield call
@@ -472,8 +472,9 @@ def test_a_wrong_input_that_a_worker_finds_is_not_tried_again(enter):
         enter(1, wrong)
     for rank in (0, 1):
         assert enter(rank, lambda *_: pytest.fail("tried again")) == {
-            "error": "features must number more than 192, got 150"
+            "wrong_input": "features must number more than 192, got 150"
         }
+    assert enter(0, lambda *_: None, "second") == {}, "another launch, of a sweep's next trial, is not concerned"
 
 
 def test_what_another_start_may_mend_is_tried_again(enter):
