@@ -154,8 +154,9 @@ def _run_trial(context: Mapping[str, str], label: str) -> None:
     stage = workspace.stages[f"trials/{label}"]
     # Controls are told to Tune at their end alone, so that no scheduler can stop them.
     callbacks = [] if entry.is_control else [TuneReportCallback()]
+    there = workspace.artifact(stage.name) is not None
     try:
-        if workspace.artifact(stage.name) is None:
+        if not there:
             launch(workspace, [stage], context["reporter"], experiment.cluster.max_failures, callbacks)
     except ControllerDiedError:
         raise  # Tune starts the trial again
@@ -164,6 +165,11 @@ def _run_trial(context: Mapping[str, str], label: str) -> None:
         tune.report({"step": 0, "objective": math.nan, "reason": str(error), "diverged": diverged, "last": True})
         return
     history = history_of(workspace, label)
+    if (
+        there and not entry.is_control
+    ):  # finished by workers that outlived their driver: a scheduler has its say as well
+        for step, value in history[:-1]:
+            tune.report({"step": step, "objective": value})
     tune.report({"step": history[-1][0], "objective": history[-1][1], "last": True})
 
 
