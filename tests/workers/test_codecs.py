@@ -732,3 +732,14 @@ def test_a_vaes_own_factors_are_the_codecs(tmp_path, name, stated, scale, shift,
     with pytest.raises(ValueError, match=re.escape(wrong)) as caught:
         open_codec(config, torch.device("cpu"))
     assert f"of {name} {tmp_path}/vae, got {shift if wrong.startswith('shift') else scale}; set it" in str(caught.value)
+
+
+def test_a_vae_that_lacks_a_tensor_is_refused_without_lines_of_the_library(tmp_path, capfd):
+    digest, path = tiny_vae(tmp_path), tmp_path / "diffusion_pytorch_model.safetensors"
+    kept = {name: value for name, value in load_file(path).items() if name != "encoder.conv_in.weight"}
+    save_file(kept, path)
+    config = CodecConfig("vae", 32, weights=str(tmp_path), sha256=directory_hash(tmp_path), scale=1.0)
+    assert config.sha256 != digest
+    with pytest.raises(ValueError, match=r"missing_keys has encoder\.conv_in\.weight"):
+        open_codec(config, torch.device("cpu"))
+    assert capfd.readouterr().err == ""
