@@ -22,19 +22,14 @@ from orchestration.wording import one_line
 from orchestration.workflow import Workspace
 from workers.adm import write_samples
 from workers.manifest import measure
-from workers.models.checkpoints import infer_config, load_weights, save_weights
+from workers.models.checkpoints import family_of, infer_config, load_weights, save_weights
 from workers.models.mismatch import check_architecture
 from workers.models.sd3 import SD3Config, beside_adapters, load_sd3, save_lora, save_sd3
 from workers.sample import read_part
 
 FILES = (".safetensors", ".pt")
-INFERABLE = ("num_heads", "num_classes", "class_dropout_prob", "projector_depth", "depth")
-
-
-def _is_number(value: Any) -> bool:
-    if isinstance(value, list):
-        return len(value) == 2 and all(map(_is_number, value))  # a DiT-DH's depth
-    return isinstance(value, int | float) and not isinstance(value, bool)
+LABELS = ("num_classes", "class_dropout_prob")
+INFERABLE = {"sit": ("num_heads", *LABELS, "projector_depth"), "ddt": (*LABELS, "depth")}
 
 
 def import_weights(source: Path, target: Path, *, family: str | None, given: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,13 +56,13 @@ def import_weights(source: Path, target: Path, *, family: str | None, given: Map
         model, weights = _read_sd3(source, given)
     else:
         weights = load_weights(source)
-        unknown = sorted(given.keys() - set(INFERABLE))
-        wrong = [key for key, value in given.items() if not _is_number(value)]
-        if unknown or wrong:
-            rule = f"be one of {', '.join(INFERABLE)}" if unknown else "have a number for a value"
-            raise ValueError(f"--set must {rule}, got {(unknown or wrong)[0]!r}; correct it")
-        config = infer_config(weights, family=family, **given)
-        check_architecture(weights, config, source.name)
+        known = _check_given(weights, given)
+        try:
+            config = infer_config(weights, family=family, **given)
+        except ValueError as error:
+            name = str(error).split(" ")[0]
+            raise ValueError(f"{error}; give --set {name}=..." if name in known else str(error)) from error
+        check_architecture(weights, config, source.name, section="")
         model = asdict(config)
     save_weights(weights, target)
     base = {"checkpoint": str(target.absolute()), "sha256": measure(target).sha256}
@@ -91,6 +86,23 @@ def _read_sd3(source: Path, given: Mapping[str, Any]) -> tuple[dict[str, Any], d
         raise ValueError(f"{'--set' if text.split()[0] in given else f'{source}/config.json:'} {text}") from error
     check_architecture(weights, config, source.name, section="config.json's ")
     return {"family": "sd3", "input_size": TO_BE_GIVEN, "num_classes": TO_BE_GIVEN, **fields, **given}, weights
+
+
+def _check_given(weights: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """The settings that a file of this family leaves open, after checking that only such are given."""
+    known = list(INFERABLE.get(family_of(weights) or "", sorted({*INFERABLE["sit"], *INFERABLE["ddt"]})))
+    if family_of(weights) == "sit" and "projectors.0.0.weight" not in weights:
+        known.remove("projector_depth")
+    unknown = sorted(given.keys() - set(known))
+    if unknown:
+        raise ValueError(f"--set must be one of {', '.join(known)} for this file, got {unknown[0]!r}; leave it out")
+    share, depth = given.get("class_dropout_prob", 0.0), given.get("depth", [1, 1])
+    if type(share) not in (int, float):
+        raise ValueError(f"--set class_dropout_prob must be a number, got {share!r}; correct it")
+    if not isinstance(depth, list) or len(depth) != 2 or any(type(value) is not int for value in depth):
+        raise ValueError(f"--set depth must be two whole numbers, encoder and decoder, got {depth!r}; correct it")
+    _check_whole({name: value for name, value in given.items() if name not in ("class_dropout_prob", "depth")})
+    return known
 
 
 def _check_whole(given: Mapping[str, Any]) -> None:

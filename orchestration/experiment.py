@@ -171,9 +171,11 @@ class Experiment(Frozen):
                     raise ValueError(f"arms.{name}.sampling does not fit {sampler.name}: {error}") from error
         if self.guide:
             mine, guides = self.model, self.guide.model
-            shape = (mine.in_channels, mine.input_size, mine.num_classes)
-            if (guides.in_channels, guides.input_size, guides.num_classes) != shape:
-                raise ValueError("guide.model must have the model's in_channels, input_size and num_classes")
+            for name in ("in_channels", "input_size", "num_classes"):
+                if (its := getattr(guides, name)) != (wanted := getattr(mine, name)):
+                    raise ValueError(
+                        f"guide.model.{name} must be the model's {wanted}, got {its}; set it, or leave guide out"
+                    )
 
     def _check_arms(self) -> None:
         for name in self.arms:

@@ -6,6 +6,7 @@ Three words: `pixels` are uint8 images, `stored` is what a data set keeps of the
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -190,11 +191,13 @@ class VaeCodec(Codec):
         super().__init__(config, device)
         with of_setting("weights"):
             self.vae: Any = load_vae(Path(config.weights)).to(device)
+        _check_scaling("weights", config.weights, config)
         self.decoder: Any = self.vae
         if config.decoder:
             _check_directory("decoder", config.decoder, config.decoder_sha256)
             with of_setting("decoder"):
                 self.decoder = load_vae(Path(config.decoder)).to(device)
+            _check_scaling("decoder", config.decoder, config)
             mine, its = ((len(v.config.block_out_channels), v.config.latent_channels) for v in (self.vae, self.decoder))
             if mine != its:
                 raise ValueError(f"decoder must have the (levels, latent channels) {mine} of weights, got {its}")
@@ -220,6 +223,18 @@ class VaeCodec(Codec):
         with exact(self.device):
             images = self.decoder.decode(latent.to(self.device).float() / self.config.scale + self.config.shift).sample
         return quantise(images, self.config.rounding)
+
+
+def _check_scaling(name: str, directory: str, config: CodecConfig) -> None:
+    """Compares with what the config.json states itself: older published ones state nothing, and a null shift is 0."""
+    stated = json.loads((Path(directory) / "config.json").read_text())
+    for setting, key in (("scale", "scaling_factor"), ("shift", "shift_factor")):
+        mine = getattr(config, setting)
+        if (its := stated.get(key, mine) or 0.0) != mine:
+            raise ValueError(
+                f"{setting} must be {its}, the {key} in the config.json of {name} {directory}, got {mine}; set it, or "
+                "give the autoencoder that was meant"
+            )
 
 
 class RaeCodec(Codec):

@@ -5,6 +5,7 @@ Nothing is ever downloaded: a name of a model hub is not a directory, and is ref
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -184,12 +185,13 @@ def _load(kind: Any, directory: Path, wanted: str, *, _complete: bool = False, *
 
 
 def _no_bars() -> None:
-    """Both libraries draw a bar for every model they load, also before an error."""
+    """Both libraries draw a bar for every model they load, and log in lines of their own what is raised here anyway."""
     import diffusers
     import transformers
 
-    transformers.utils.logging.disable_progress_bar()
-    diffusers.utils.logging.disable_progress_bar()
+    for library in (transformers, diffusers):
+        library.utils.logging.disable_progress_bar()
+        library.utils.logging.set_verbosity(logging.CRITICAL)
 
 
 def _inference(model: nn.Module) -> nn.Module:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import glob
 import os
+import re
 import tarfile
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -165,7 +166,7 @@ def _files(source: str) -> tuple[Path, list[str]]:
     if not matches or any(_suffix(match.name) not in (".tar", ".parquet") for match in matches):
         raise ValueError(
             f"source must be a directory, a .tar or .parquet file or a pattern of such files, got {source!r}, which "
-            "names none; correct the path (braces are not expanded, * and ? are)"
+            "names none; correct the path, which is a plain one and no URI (braces are not expanded, * and ? are)"
         )
     root = Path(os.path.commonpath([match.parent for match in matches]))
     return root, sorted(match.relative_to(root).as_posix() for match in matches)
@@ -319,8 +320,8 @@ def _text(content: bytes, name: str) -> str:
 
 
 def _label(text: str, name: str) -> int:
-    if not text.lstrip("-").isdecimal():
-        raise ValueError(f"source must have whole numbers as .cls labels, got {text[:40]!r} for {name}")
+    if not re.fullmatch(r"-?\d{1,18}", text):
+        raise ValueError(f"source must have whole numbers as .cls labels, got {text[:40]!r} for {name}; correct it")
     return int(text)
 
 

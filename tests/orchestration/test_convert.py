@@ -199,7 +199,16 @@ def test_a_file_that_is_not_quite_a_familys_is_not_imported(change, message, tmp
 
 @pytest.mark.parametrize(
     ("given", "message"),
-    [("foo=1", "must be one of num_heads, "), ("num_heads=two", "must have a number for a value, got 'num_heads'")],
+    [
+        ("foo=1", "must be one of num_heads, "),
+        ("num_heads=two", "--set num_heads must be a whole number, got 'two'"),
+        ("num_heads=[1,2]", "--set num_heads must be a whole number, got [1, 2]"),
+        ("num_classes=1000.0", "--set num_classes must be a whole number, got 1000.0"),
+        ("depth=3", "must be one of num_heads, num_classes, class_dropout_prob for this file, got 'depth'; leave it"),
+        ("projector_depth=5", "class_dropout_prob for this file, got 'projector_depth'; leave it out"),
+        ("class_dropout_prob=0", "; set class_dropout_prob to 0.1"),
+        ("class_dropout_prob=x", "--set class_dropout_prob must be a number, got 'x'"),
+    ],
 )
 def test_what_is_given_must_be_known(given, message, tmp_path, capsys):
     torch.save(NETWORKS["sit"].state_dict(), tmp_path / "x.pt")
@@ -209,6 +218,21 @@ def test_what_is_given_must_be_known(given, message, tmp_path, capsys):
     assert "sparse.pt must hold dense tensors of plain numbers, got another kind in pos_embed" in line
     (tmp_path / "text.pt").write_text("hello")
     assert "must hold tensors only" in refusal(capsys, "import", str(tmp_path / "text.pt"), str(tmp_path / "o.pt"))
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "message"),
+    [
+        ("repa", (), "projector_depth must lie in [1, depth 1], got 8; give --set projector_depth=..."),
+        ("rae", ("depth=[2.0,1.0]",), "--set depth must be two whole numbers, encoder and decoder, got [2.0, 1.0]"),
+        ("rae", ("depth=3",), "--set depth must be two whole numbers, encoder and decoder, got 3"),
+        ("rae", ("num_heads=[1,2]",), "--set must be one of num_classes, class_dropout_prob, depth for this file"),
+    ],
+)
+def test_what_is_given_must_be_the_familys(name, given, message, tmp_path, capsys):
+    torch.save(NETWORKS[name].state_dict(), tmp_path / "x.pt")
+    argv = [part for setting in given for part in ("--set", setting)]
+    assert message in refusal(capsys, "import", str(tmp_path / "x.pt"), str(tmp_path / "o.pt"), *argv)
 
 
 @pytest.mark.parametrize(

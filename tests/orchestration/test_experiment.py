@@ -324,7 +324,7 @@ def test_a_published_recipe_costs_what_its_paper_says(recipe, parameters, flops)
         ("quickstart", "evaluation.samplers.5.guidance_channels=2", "guidance_channels must be at most model.in_chan"),
         ("quickstart", "training.sharded=true", None),
         ("quickstart", "training={steps: 5, global_batch_size: 9, num_shards: 9, sharded: true}", "must divide"),
-        ("rae-xl-256", "guide.model.input_size=8", "guide.model must have the model's in_channels, input_size and num"),
+        ("rae-xl-256", "guide.model.input_size=8", "guide.model.input_size must be the model's 16, got 8; set it"),
         ("repa-xl-256", "data.images={source: x, held_out: 100}", "data.images.features must be given"),
         ("sit-b-256", "data.images.held_out=10", "data.images.held_out must be at least 100, got 10"),
         ("rae-xl-256", "codec=null", "codec must be given for data.images"),

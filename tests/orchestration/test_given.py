@@ -121,6 +121,11 @@ def test_another_hash_or_a_setting_that_does_not_fit(refused, family, override, 
     assert refused(family, override).startswith(words)
 
 
+def test_another_depth_than_the_guides_is_no_altered_file(refused):
+    line = refused("rae", "guide.model.depth=[2,1]")
+    assert line.endswith("; it is a ddt whose depth must be two numbers that add up to the file's 2 blocks, got [2, 1]")
+
+
 def test_files_of_another_kind(refused, tmp_path):
     text = tmp_path / "text.pt"
     text.write_text("hello")

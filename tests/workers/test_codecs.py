@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import subprocess
 from dataclasses import replace
 from fractions import Fraction
@@ -704,3 +705,41 @@ def test_a_wrong_setting_is_refused(values, problem):
     with pytest.raises(ValidationError) as caught:
         TypeAdapter(CodecConfig).validate_json(json.dumps(values))
     assert problem in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["weights", "decoder"])
+@pytest.mark.parametrize(
+    ("stated", "scale", "shift", "wrong"),
+    [
+        ({}, 0.5, 0.1, None),
+        ({"scaling_factor": 0.18215, "shift_factor": None}, 0.18215, 0.0, None),
+        ({"scaling_factor": 1.5305, "shift_factor": 0.0609}, 1.5305, 0.0609, None),
+        ({"scaling_factor": 0.13025}, 0.18215, 0.0, "scale must be 0.13025, the scaling_factor in the config.json of "),
+        ({"scaling_factor": 1.5305, "shift_factor": 0.0609}, 1.5305, 0.0, "shift must be 0.0609, the shift_factor in "),
+        ({"shift_factor": None}, 1.5305, 0.0609, "shift must be 0.0, the shift_factor in the config.json of "),
+    ],
+)
+def test_a_vaes_own_factors_are_the_codecs(tmp_path, name, stated, scale, shift, wrong):
+    digest = tiny_vae(tmp_path / "vae", **stated)
+    given = {"weights": str(tmp_path / "vae"), "sha256": digest}
+    if name == "decoder":
+        given |= {"decoder": given["weights"], "decoder_sha256": digest}
+        given |= {"weights": str(tmp_path / "first"), "sha256": tiny_vae(tmp_path / "first")}
+    config = CodecConfig("vae", 32, scale=scale, shift=shift, **given)
+    if wrong is None:
+        assert open_codec(config, torch.device("cpu")).latent_shape == (4, 4, 4)
+        return
+    with pytest.raises(ValueError, match=re.escape(wrong)) as caught:
+        open_codec(config, torch.device("cpu"))
+    assert f"of {name} {tmp_path}/vae, got {shift if wrong.startswith('shift') else scale}; set it" in str(caught.value)
+
+
+def test_a_vae_that_lacks_a_tensor_is_refused_without_lines_of_the_library(tmp_path, capfd):
+    digest, path = tiny_vae(tmp_path), tmp_path / "diffusion_pytorch_model.safetensors"
+    kept = {name: value for name, value in load_file(path).items() if name != "encoder.conv_in.weight"}
+    save_file(kept, path)
+    config = CodecConfig("vae", 32, weights=str(tmp_path), sha256=directory_hash(tmp_path), scale=1.0)
+    assert config.sha256 != digest
+    with pytest.raises(ValueError, match=r"missing_keys has encoder\.conv_in\.weight"):
+        open_codec(config, torch.device("cpu"))
+    assert capfd.readouterr().err == ""

@@ -253,6 +253,14 @@ def test_a_link_in_a_tar_is_refused(tmp_path, kind):
     assert "got the link or device y.png in a.tar; pack it " in refused(tmp_path / "a.tar")
 
 
+@pytest.mark.parametrize("label", ["--5", "1" * 5000, "1.0", ""])
+def test_a_label_that_is_no_number_is_refused(tmp_path, label):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add_member(tar, "x.png", pictures(1)[0].png)
+        add_member(tar, "x.cls", label.encode())
+    assert "must have whole numbers as .cls labels, got " in refused(tmp_path / "a.tar")
+
+
 def test_tars_that_were_joined_byte_by_byte_are_refused(tmp_path):
     webdataset(tmp_path, pictures(30))
     parts = [tmp_path / f"part-{part}.tar" for part in (0, 1)]

@@ -14,8 +14,11 @@ from workers.codecs import directory_hash
 from workers.manifest import measure
 
 
-def tiny_vae(directory: Path, *, seed: int = 0, latent_channels: int = 4) -> str:
-    """An AutoencoderKL whose latents have an eighth of the image's side; returns its directory_hash."""
+def tiny_vae(directory: Path, *, seed: int = 0, latent_channels: int = 4, **stated: float | None) -> str:
+    """An AutoencoderKL whose latents have an eighth of the image's side; returns its directory_hash.
+
+    Its config.json states no other factors than `stated`, as those of Stable Diffusion's first autoencoders.
+    """
     from diffusers import AutoencoderKL
 
     vae = AutoencoderKL(
@@ -27,6 +30,9 @@ def tiny_vae(directory: Path, *, seed: int = 0, latent_channels: int = 4) -> str
         norm_num_groups=2,
     )
     _scatter(vae, seed).save_pretrained(directory)
+    path = directory / "config.json"
+    config = {name: value for name, value in json.loads(path.read_text()).items() if not name.endswith("_factor")}
+    path.write_text(json.dumps({**config, **stated}))
     return directory_hash(directory)
 
 

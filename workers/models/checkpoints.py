@@ -196,7 +196,7 @@ def _infer_sit(shapes: Mapping[str, tuple[int, ...]], family: str | None, given:
     }
     if settings["num_heads"] is None:
         raise ValueError(f"num_heads must be given for a width of {width}, which no published size has")
-    settings["projector_depth"] = given.get("projector_depth", 8)
+    settings["projector_depth"] = given.get("projector_depth", 8) if projectors else 8
     return SiTConfig(**settings)
 
 
@@ -241,6 +241,8 @@ def _infer_ddt(shapes: Mapping[str, tuple[int, ...]], given: Mapping[str, Any]) 
         depth = tuple(given["depth"])
     else:
         depth = (widths.count(encoder), widths.count(decoder))
+    if len(depth) != 2 or sum(depth) != len(widths):
+        raise ValueError(f"depth must be two numbers that add up to the file's {len(widths)} blocks, got {list(depth)}")
     return DiTDHConfig(
         input_size=math.isqrt(shapes["pos_embed"][1]),
         in_channels=channels,
