@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mixflow_core.metrics import Gaussian
+
 _IMAGES = "arr_0"
 _POOLED, _SPATIAL = 2048, 2023  # features of the Inception: its pooled ones, and 17 x 17 x 7 of an inner layer
 _SYMMETRY = 1e-6  # of the largest entry: a covariance may have been rounded to float32
@@ -196,7 +198,12 @@ def _statistics(archive: zipfile.ZipFile, path: Path, names: tuple[str, str], si
             f"reference {path}: {names[1]} must be a covariance, symmetric with a diagonal of at least 0, got a "
             f"difference of {asymmetry:.3g} to its transpose and {covariance.diagonal().min():.3g} on its diagonal"
         )
-    return torch.from_numpy(mean), torch.from_numpy(covariance)
+    found = Gaussian(torch.from_numpy(mean), torch.from_numpy(covariance))
+    try:
+        _ = found.root  # a matrix that has none would be found only when samples are compared with it
+    except ValueError as error:
+        raise ValueError(f"reference {path}: {names[1]}: {error}") from error
+    return found.mean, found.covariance
 
 
 def _array(archive: zipfile.ZipFile, path: Path, name: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -19,7 +19,7 @@ NUMBERS = np.random.default_rng(7)
 
 def covariance(size: int) -> np.ndarray:
     features = NUMBERS.standard_normal((40, size))
-    return np.cov(features, rowvar=False)
+    return np.cov(features, rowvar=False) + 0.1 * np.eye(size)
 
 
 ARRAYS = {
@@ -150,6 +150,7 @@ def altered(array: np.ndarray, place: tuple[int, ...], value: float) -> np.ndarr
         ({"sigma_s": altered(ARRAYS["sigma_s"], (5, 6), np.inf)}, "sigma_s must be finite, got NaN or infinity"),
         ({"sigma": altered(ARRAYS["sigma"], (5, 6), 1e3)}, "sigma must be a covariance, symmetric with a diagonal of"),
         ({"sigma": altered(ARRAYS["sigma"], (5, 5), -1)}, "to its transpose and -1 on its diagonal"),
+        ({"sigma": 2 * np.eye(2048) - 1}, "sigma: covariance must have no negative eigenvalue, got -2046"),
         ({"arr_0": IMAGES.astype(np.float32)}, "arr_0 must be square images, uint8 (N, H, W, 3), got float32 (7, 16"),
         ({"arr_0": IMAGES[:, :8]}, "arr_0 must be square images, uint8 (N, H, W, 3), got uint8 (7, 8, 16, 3)"),
         ({"arr_0": IMAGES[..., :1]}, "arr_0 must be square images, uint8 (N, H, W, 3), got uint8 (7, 16, 16, 1)"),
