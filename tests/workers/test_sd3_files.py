@@ -130,6 +130,9 @@ def test_diffusers_loads_the_adapters_and_the_merged_transformer(tmp_path):
         **dict.fromkeys(("vae", "text_encoder", "text_encoder_2", "text_encoder_3")),
         **dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3")),
     )
+    other, file = theirs(sd3()), "pytorch_lora_weights.safetensors"
+    other.load_lora_adapter(str(tmp_path / "lora"), weight_name=file, use_safetensors=True)
+    torch.testing.assert_close(call(other, *inputs), expected, rtol=1e-5, atol=1e-6)
     pipeline.load_lora_weights(str(tmp_path / "lora"), weight_name="pytorch_lora_weights.safetensors")
     torch.testing.assert_close(call(transformer, *inputs), expected, rtol=1e-5, atol=1e-6)
 

@@ -368,6 +368,7 @@ def _load_parts(index: Path) -> dict[str, Tensor]:
 def save_lora(directory: Path, config: SD3Config, weights: Mapping[str, Tensor]) -> None:
     """Writes the adapters alone, as diffusers' load_lora_weights and load_lora_adapter read them.
 
+    Offline they want to be told the file: weight_name="pytorch_lora_weights.safetensors", use_safetensors=True.
     Rank, lora_alpha and the adapted layers stand in the file's metadata; a reader that ignores it takes lora_alpha
     for the rank.
 
