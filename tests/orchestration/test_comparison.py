@@ -136,6 +136,17 @@ def test_every_number_with_its_interval(compared, tracked):
                     assert format_interval(interval) in page.text
 
 
+def test_bases_seeds_and_what_intervals_are_over_are_said(compared, tracked):
+    page, _ = compared
+    assert "primary cell bases seeds a base verdicts" in page.text
+    for name, seeds in (("first", 2), ("gentle", 3), ("fewer", 2)):
+        found = tracked.summaries[name]["arms"]["mixflow"]["metrics"]["euler20/s1"]["fd_digits"]
+        assert f"fd_digits/euler20/s1 1 {seeds} none" in page.text
+        text = f"{name} / mixflow {format_interval(found)}"
+        assert (f"{text} {seeds} seeds" in page.text) == (name != "fewer")  # which has a table of its own
+    assert "NFE 20, over 2 seeds" in page.text
+
+
 def test_curves_and_grids_are_pictures(compared, experiments):
     page, _ = compared
     pictures = [str(attributes["src"]) for tag, attributes in page.tags if tag == "img"]
