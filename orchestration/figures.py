@@ -63,7 +63,7 @@ def metric_curves(
 
 
 def count_curves(arms: Mapping[str, Any], cell: str, colours: Mapping[str, str]) -> bytes | None:
-    """Distances in one cell as they depend on the number of samples, a panel each; None if nothing was recorded.
+    """Distances in one cell by the number of samples, a panel each, in the band that seeds span; None without any.
 
     Frechet distances of few samples are biased upwards: only numbers of equal counts compare.
     """
@@ -76,9 +76,10 @@ def count_curves(arms: Mapping[str, Any], cell: str, colours: Mapping[str, str])
     def draw(figure: Any) -> None:
         for axis, metric in zip(_panels(figure, len(metrics)), metrics, strict=False):
             for name, found in counts.items():
-                x, y = zip(*found.get(metric, []), strict=True) if found.get(metric) else ((), ())
+                x, y, low, high = zip(*found[metric], strict=True) if found.get(metric) else ((),) * 4
+                axis.fill_between(x, low, high, color=colours[name], alpha=0.15, lw=0)
                 axis.plot(x, y, "o-", color=colours[name], ms=3, lw=1.2, label=name if metric == metrics[0] else None)
-            numbers = sorted({count for found in counts.values() for count, _ in found.get(metric, [])})
+            numbers = sorted({count for found in counts.values() for count, *_ in found.get(metric, [])})
             axis.set_xscale("log")
             axis.set_xticks(numbers, [str(count) for count in numbers])
             axis.minorticks_off()

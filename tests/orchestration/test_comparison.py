@@ -265,7 +265,10 @@ def test_wrong_runs_are_one_line(report, tracked, tmp_path):
         (["quickstrat"], "unknown recipe 'quickstrat'; did you mean 'quickstart'?"),
         (["first", "some.yaml"], "some.yaml must be the only argument, got 2"),
         (["first", "--set", "mixture.gamma=0.1"], "--set must be left out for MLflow runs"),
-        (["quickstart", "--one-table"], "--output and --one-table must be left out for an experiment"),
+        (
+            ["quickstart", "--one-table"],
+            "must be left out for an experiment; they are for MLflow runs: name the run's id",
+        ),
     ):
         code, out, err = report(*runs)
         assert (code, out, err.count("\n")) == (2, "", 1), err

@@ -187,7 +187,9 @@ def enriched(written, tmp_path_factory) -> Page:
             for by_cell in arm["differences"].values():
                 by_cell[cell]["fd_digits"] |= {"call": "inconclusive", "pairs_needed": 13}
                 by_cell[cell]["precision_digits"] |= {"call": "better", "pairs_needed": 2}
-        arm["by_count"] = {"euler20/s1": {"fd_digits": [[500, 12.0 + level], [2000, 9.0 + level]]}}
+        arm["by_count"] = {
+            "euler20/s1": {"fd_digits": [[500, 12.0 + level, 11.0, 19.0], [2000, 9.0 + level, 8.0, 18.0]]}
+        }
     directory = tmp_path_factory.mktemp("enriched")
     write_report(made.workspace, summary, directory)
     assert (directory / "counts.png").exists()
