@@ -268,7 +268,7 @@ class Sampler:
     @property
     def name(self) -> str:
         """`<method><steps>/s<scale>`, as in metric keys: euler8/s1.5; what differs from the defaults is added to it."""
-        steps, scale = f"{self.method}{self.num_steps}", f"s{self.guidance_scale:g}"
+        steps, scale = f"{self.method}{self.num_steps}", f"s{_exact(self.guidance_scale)}"
         steps += f"-shift{self.shift:g}" * (self.shift != 1)
         steps += f"-from{self.start:g}" * (self.start != 0) + f"-to{self.end:g}" * (self.end != 1)
         steps += f"-{self.diffusion}" * (self.diffusion != "sigma") + f"-last_{self.last_step}" * (
@@ -330,3 +330,9 @@ class Sampler:
     def _closes(self) -> bool:
         """Whether the last step is an SDE's noise-free one."""
         return self.is_sde and self.last_step != "none"
+
+
+def _exact(value: float) -> str:
+    """A number as short as it can be told from every other: 1.5, 2, 1.0000001."""
+    short = f"{value:g}"
+    return short if float(short) == value else repr(value)

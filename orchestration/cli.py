@@ -307,7 +307,10 @@ def _report(arguments: argparse.Namespace) -> dict[str, Any]:
     names = arguments.experiment
     if len(names) == 1 and (names[0] in recipes() or names[0].endswith((".yaml", ".yml"))):
         if arguments.output or arguments.one_table:
-            raise ValueError("--output and --one-table must be left out for an experiment; they are for MLflow runs")
+            raise ValueError(
+                "--output and --one-table must be left out for an experiment; they are for MLflow runs: "
+                "name the run's id"
+            )
         return _remake_report(names[0], arguments)
     file = next((name for name in names if name.endswith((".yaml", ".yml"))), None)
     if file is not None:

@@ -64,9 +64,10 @@ def difference(
         effect: the difference worth seeing, as a share of the control's mean.
 
     Returns:
-        The Interval over the seeds of one base, or over several bases; the `call`; and `pairs_needed` to see the
-        effect in four of five experiments, counted in what the interval counts. It is None where no effect is asked
-        for, where it is 0 because the control's mean is, and where it takes more than the most replicates there may be.
+        The Interval over the seeds of one base, or over several bases; `bases`, their number; the `call`; and
+        `pairs_needed` to see the effect in four of five experiments, counted in what the interval counts. That is None
+        where no effect is asked for, where it is 0 because the control's mean is, and where it takes more than the most
+        replicates there may be.
     """
     pairs = [[x - y for x, y in zip(a, c, strict=True)] for a, c in zip(arm, control, strict=True)]
     if sum(map(len, pairs)) == 1:
@@ -74,14 +75,26 @@ def difference(
     interval = nested_interval(pairs)
     size = (effect or 0) * abs(_mean([_mean(seeds) for seeds in control]))
     needed = pairs_needed(interval.sd, size) if size else None
-    return {**asdict(interval), "call": call(metric, interval), "pairs_needed": needed}
+    return {**asdict(interval), "bases": len(pairs), "call": call(metric, interval), "pairs_needed": needed}
 
 
 def spread(values: Sequence[Sequence[float]]) -> dict[str, Any]:
-    """The Interval of values by base and seed as plain JSON, without bounds where there is a single one."""
+    """The Interval of values by base and seed, and the number of bases, as plain JSON; one value has no bounds."""
     if sum(map(len, values)) == 1:
-        return {"mean": values[0][0], "low": None, "high": None, "sd": None, "n": 1}
-    return asdict(nested_interval(values))
+        return {"mean": values[0][0], "low": None, "high": None, "sd": None, "n": 1, "bases": 1}
+    return {**asdict(nested_interval(values)), "bases": len(values)}
+
+
+def is_of_one_base(found: Mapping[str, Any], bases: int) -> bool:
+    """Whether an interval speaks of the first base alone where an experiment has several."""
+    return bases > 1 and bool(found) and found.get("bases", bases) == 1
+
+
+def counted(found: Mapping[str, Any], bases: int) -> str:
+    """What an interval is over, of an experiment with so many bases: `3 seeds`, `4 bases`, `base 0 alone, 2 seeds`."""
+    alone = is_of_one_base(found, bases)
+    unit = "base" if bases > 1 and not alone else "seed"
+    return f"{'base 0 alone, ' if alone else ''}{found['n']} {unit}{'s' if found['n'] != 1 else ''}"
 
 
 Agreement = Literal["agrees", "disagrees", "inconclusive"]

@@ -23,6 +23,8 @@ def metric_curves(
 ) -> bytes:
     """Every metric against the number of network evaluations of the unguided samplers, one line an arm and method.
 
+    Cells of the first of several bases alone are open markers outside the lines.
+
     Args:
         arms: name -> its part of a summary.
         metrics: what to draw, a panel each.
@@ -34,6 +36,11 @@ def metric_curves(
         if _is_unguided(cell):
             lines.setdefault(_family(cell), []).append(cell)
 
+    bases = {
+        name: max((found.get("bases", 1) for cell in arm["metrics"].values() for found in cell.values()), default=1)
+        for name, arm in arms.items()
+    }
+
     def draw(figure: Any) -> None:
         for axis, metric in zip(_panels(figure, len(metrics)), metrics, strict=False):
             for name, arm in arms.items():
@@ -41,15 +48,14 @@ def metric_curves(
                     cells = sorted(
                         (c for c in cells if metric in arm["metrics"].get(c, {})), key=lambda cell: nfe[cell]
                     )
-                    found = [arm["metrics"][cell][metric] for cell in cells]
                     x = [nfe[cell] + SHIFTS.get(family, 0.6) for cell in cells]
-                    # A single pair has no interval, and no bar.
-                    error = [
-                        [0 if i[end] is None else abs(i["mean"] - i[end]) for i in found] for end in ("low", "high")
-                    ]
                     label = f"{name} ({family})" if metric == metrics[0] else None
-                    style = {"fmt": STYLES.get(family, "D"), "color": colours[name], "capsize": 2, "ms": 4, "lw": 1.2}
-                    axis.errorbar(x, [i["mean"] for i in found], error, label=label, **style)
+                    points = [(place, arm["metrics"][cell][metric]) for place, cell in zip(x, cells, strict=True)]
+                    whole = [point for point in points if point[1].get("bases", 1) == bases[name]]
+                    alone = [point for point in points if point not in whole]
+                    style = STYLES.get(family, "D")
+                    _draw_points(axis, whole, fmt=style, color=colours[name], label=label)
+                    _draw_points(axis, alone, fmt=style[0], color=colours[name], mfc="none")
             _dress(axis, short_title(metric), "network evaluations")
         if lines:
             figure.legend(loc="outside lower center", ncols=4, fontsize=7)
@@ -58,7 +64,7 @@ def metric_curves(
 
 
 def count_curves(arms: Mapping[str, Any], cell: str, colours: Mapping[str, str]) -> bytes | None:
-    """Distances in one cell as they depend on the number of samples, a panel each; None if nothing was recorded.
+    """Distances in one cell by the number of samples, a panel each, in the band that seeds span; None without any.
 
     Frechet distances of few samples are biased upwards: only numbers of equal counts compare.
     """
@@ -71,9 +77,10 @@ def count_curves(arms: Mapping[str, Any], cell: str, colours: Mapping[str, str])
     def draw(figure: Any) -> None:
         for axis, metric in zip(_panels(figure, len(metrics)), metrics, strict=False):
             for name, found in counts.items():
-                x, y = zip(*found.get(metric, []), strict=True) if found.get(metric) else ((), ())
+                x, y, low, high = zip(*found[metric], strict=True) if found.get(metric) else ((),) * 4
+                axis.fill_between(x, low, high, color=colours[name], alpha=0.15, lw=0)
                 axis.plot(x, y, "o-", color=colours[name], ms=3, lw=1.2, label=name if metric == metrics[0] else None)
-            numbers = sorted({count for found in counts.values() for count, _ in found.get(metric, [])})
+            numbers = sorted({count for found in counts.values() for count, *_ in found.get(metric, [])})
             axis.set_xscale("log")
             axis.set_xticks(numbers, [str(count) for count in numbers])
             axis.minorticks_off()
@@ -235,6 +242,13 @@ def times_plot(realised: Mapping[str, Mapping[str, Any]], colours: Mapping[str, 
             figure.legend(loc="outside lower center", ncols=6, fontsize=7)
 
     return picture(draw, (12, 3.2))
+
+
+def _draw_points(axis: Any, points: Sequence[tuple[float, Any]], **style: Any) -> None:
+    """Intervals at their places; a single pair has none, and no bar."""
+    found = [interval for _, interval in points]
+    error = [[0 if i[end] is None else abs(i["mean"] - i[end]) for i in found] for end in ("low", "high")]
+    axis.errorbar([x for x, _ in points], [i["mean"] for i in found], error, capsize=2, ms=4, lw=1.2, **style)
 
 
 def _is_unguided(cell: str) -> bool:

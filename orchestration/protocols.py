@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 
 from workers.manifest import canonical_hash
 
-# A cell's name is its whole sampler, so cells of one name compare whatever other cells stand beside them; the number
-# of seeds is shown with each interval.
+# A cell's name is its whole sampler, so cells of one name compare whatever other cells stand beside them; runs
+# of unequal numbers of seeds may share a table, which shows beside each interval how many it is over.
 NOT_COMPARED = ("samplers", "nfe", "replicates")
 ADAPTIVE = "dopri5"  # how often it calls the network is an outcome and no setting
 

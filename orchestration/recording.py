@@ -165,7 +165,9 @@ class Recorder:
 
     def _lineage(self, stages: Sequence[str] = ()) -> dict[str, str]:
         """The data that every run goes back to, and the base among the stages named, or the only one."""
-        names = [name for name in stages or [self.workspace.experiment.base_stage()] if name.startswith("base")]
+        experiment = self.workspace.experiment
+        only = [experiment.base_stage()] if experiment.bases == 1 else []
+        names = [name for name in stages or only if name.startswith("base")]
         base, data = self.workspace.artifact(names[0]) if names else None, self.workspace.artifact("data")
         found = {"mixflow.base_sha256": _weights_of(base)} if base else {}
         return {**found, "mixflow.data": data.manifest.digest} if data else found

@@ -253,10 +253,11 @@ def _within_sd(replicates: Sequence[Replicate], cell: str, metric: str) -> float
 
 
 def _by_count(replicates: Sequence[Replicate], cell: str, metric: str) -> list[list[float]]:
-    """[number of images, mean over the replicates] of each number that all of them have, rising."""
+    """[number of images, mean, lowest and highest of the replicates] of each number that all have, rising."""
     found = [replicate[cell].get("by_count", {}).get(metric, {}) for replicate in replicates if cell in replicate]
     counts = sorted(set(found[0]).intersection(*found), key=int)
-    return [[int(count), _mean([values[count] for values in found])] for count in counts]
+    columns = {count: [values[count] for values in found] for count in counts}
+    return [[int(count), _mean(seen), min(seen), max(seen)] for count, seen in columns.items()]
 
 
 def _each(values: Values, make: Any) -> dict[str, dict[str, Any]]:

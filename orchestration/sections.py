@@ -147,6 +147,12 @@ class Claim(Frozen):
     expected: Literal["better", "worse", "equal"]
     published: str
 
+    @model_validator(mode="after")
+    def _of_two(self) -> Self:
+        if self.arm == self.control:
+            raise ValueError(f"control must be another arm than arm, got {self.control!r} for both; correct one")
+        return self
+
 
 class Evaluation(Frozen):
     """How the arms are compared.

@@ -28,6 +28,9 @@ def one_line(error: ValidationError, root: type) -> str:
     if problem["type"] == "value_error":
         section = where
         text = problem["msg"].removeprefix("Value error, ")
+        own = section.rpartition(".")[2]  # a section may call itself by its last name
+        if section and text.startswith(f"{own} "):
+            return section + text.removeprefix(own)
         return f"{section}.{text}" if section and not text.startswith(section) else text
     rule = _rule(problem["type"], problem["msg"], problem.get("ctx", {}))
     return f"{where} must {rule}, got {shown}; correct it"

@@ -445,3 +445,10 @@ def test_misspelt_choices_of_the_sde_are_refused():
         Diffusion("increasing-decreasing")  # type: ignore[arg-type]  # the point of the test
     with pytest.raises(ValueError, match="last_step must be one of"):
         next(sde(FLOW.field, X0, grid64(2), Interpolant("linear"), no_noise, last_step="Mean"))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("scale", [1.0000001, 1.2345678, 1.0 + 2**-52])
+def test_names_of_cells_tell_close_settings_apart(scale):
+    name = Sampler("euler", 5, guidance_scale=scale).name
+    assert float(name.removeprefix("euler5/s")) == scale
+    assert name != Sampler("euler", 5).name

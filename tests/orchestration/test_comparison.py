@@ -136,6 +136,17 @@ def test_every_number_with_its_interval(compared, tracked):
                     assert format_interval(interval) in page.text
 
 
+def test_bases_seeds_and_what_intervals_are_over_are_said(compared, tracked):
+    page, _ = compared
+    assert "primary cell bases seeds a base verdicts" in page.text
+    for name, seeds in (("first", 2), ("gentle", 3), ("fewer", 2)):
+        found = tracked.summaries[name]["arms"]["mixflow"]["metrics"]["euler20/s1"]["fd_digits"]
+        assert f"fd_digits/euler20/s1 1 {seeds} none" in page.text
+        text = f"{name} / mixflow {format_interval(found)}"
+        assert (f"{text} {seeds} seeds" in page.text) == (name != "fewer")  # which has a table of its own
+    assert "NFE 20, over 2 seeds" in page.text
+
+
 def test_curves_and_grids_are_pictures(compared, experiments):
     page, _ = compared
     pictures = [str(attributes["src"]) for tag, attributes in page.tags if tag == "img"]
@@ -254,7 +265,10 @@ def test_wrong_runs_are_one_line(report, tracked, tmp_path):
         (["quickstrat"], "unknown recipe 'quickstrat'; did you mean 'quickstart'?"),
         (["first", "some.yaml"], "some.yaml must be the only argument, got 2"),
         (["first", "--set", "mixture.gamma=0.1"], "--set must be left out for MLflow runs"),
-        (["quickstart", "--one-table"], "--output and --one-table must be left out for an experiment"),
+        (
+            ["quickstart", "--one-table"],
+            "must be left out for an experiment; they are for MLflow runs: name the run's id",
+        ),
     ):
         code, out, err = report(*runs)
         assert (code, out, err.count("\n")) == (2, "", 1), err

@@ -8,6 +8,7 @@ from mixflow_core.statistics import Interval
 from orchestration.differences import (
     agreement,
     call,
+    counted,
     difference,
     higher_is_better,
     recall_beside,
@@ -147,4 +148,17 @@ def test_a_single_pair_has_a_value_and_no_interval():
     assert (found["mean"], found["low"], found["high"], found["n"]) == (-2.0, None, None, 1)
     assert (found["call"], found["pairs_needed"]) == ("inconclusive", None)
     assert agreement("better", found, 0.5) == "inconclusive"
-    assert spread([[3.0]]) == {"mean": 3.0, "low": None, "high": None, "sd": None, "n": 1}
+    assert spread([[3.0]]) == {"mean": 3.0, "low": None, "high": None, "sd": None, "n": 1, "bases": 1}
+
+
+@pytest.mark.parametrize(
+    ("values", "bases", "text"),
+    [
+        ([[1.0, 2.0, 4.0]], 1, "3 seeds"),
+        ([[1.0, 2.0], [3.0, 4.0]], 2, "2 bases"),
+        ([[1.0, 2.0, 4.0]], 2, "base 0 alone, 3 seeds"),
+        ([[1.0]], 2, "base 0 alone, 1 seed"),
+    ],
+)
+def test_an_interval_says_what_it_is_over(values, bases, text):
+    assert counted(spread(values), bases) == text

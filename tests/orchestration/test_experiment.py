@@ -261,6 +261,14 @@ def test_several_bases_are_trained_with_seeds_of_their_own(file):
         ("evaluation.reference={npz: x}", "reference must give 'npz' and 'sha256' together"),
         ("evaluation.label_law=even", "evaluation.label_law must be 'equal' or 'random', got 'even'"),
         ("claims=[{arm: a, control: mixflow, expected: better, published: x}]", "claims must name arms"),
+        (
+            "claims=[{arm: mixflow, control: mixflow, expected: better, published: x}]",
+            "claims.0.control must be another arm than arm, got 'mixflow' for both",
+        ),
+        (
+            "evaluation.reference={split: train, npz: x}",
+            "evaluation.reference must give exactly one of 'split' and 'npz'",
+        ),
         ("arms.mixflow.sampling={epsilon_scale: 0}", "epsilon_scale must be above 0, got 0"),
         ("arms.mixflow.sampling={time_shift_window: 0.1}", "time_shift_cutoff must lie in (0, 1]"),
         ("arms.standard.corrective={rollout_share: 0.5}", "rollout_step must lie in (0, 1] with rollout_share"),

@@ -9,8 +9,9 @@ import pytest
 from mlflow import MlflowClient
 from recorded import Drawn, record
 from test_results import ARM_LEVELS, CELLS, metric_value
+from test_summary import SEVERAL, SeveralBases
 
-from orchestration.recording import NOTE_ROWS, note
+from orchestration.recording import NOTE_ROWS, Recorder, note
 from orchestration.workflow import code_version
 
 SEEDS = 2
@@ -110,6 +111,14 @@ def test_cost(held):
     assert total["cost/images_trained"] == (3000 + 3 * SEEDS * 1000) * 128
     assert (total["cost/device_s/arms"], total["cost/device_s/samples"]) == (3.0 * 3 * SEEDS, 3.0 * 4 * SEEDS)
     assert total["cost/device_s/slow-flow"] == 3.0 * 4
+
+
+def test_an_experiment_of_several_bases_goes_back_to_none_of_them_alone(tmp_path):
+    made = SeveralBases(tmp_path, *SEVERAL)
+    recorder = Recorder(made.workspace, [], None, is_actor=False)
+    assert set(recorder._lineage()) == {"mixflow.data"}
+    weights = made.workspace.result("base/1").manifest.files["weights.safetensors"]
+    assert recorder._lineage(["data", "base/1"])["mixflow.base_sha256"] == weights.sha256
 
 
 def test_lineage_and_protocol(held, tmp_path):

@@ -11,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 from test_results import ARM_LEVELS, CELLS, PRIMARY, Fabricated, slow_flow_of
+from test_summary import SEVERAL, SeveralBases
 
+from orchestration.figures import metric_curves
 from orchestration.report import slow_flow_table, text_table, write_report
 from orchestration.results import format_interval, summarise
 from orchestration.titles import companions, title
@@ -21,6 +24,7 @@ from workers.evaluate import metrics_of
 
 METRICS = metrics_of(["digits"])
 SLOW_FLOW = ("slow_flow_euler20-s1.png", "slow_flow_sde8-to0.96-last_none-s1.png")
+MIXED = ((4, 3), (8, 1), (20, 3))  # steps and bases of cells
 HOSTILE = "<b onclick=alert(1)>&\"'"
 
 
@@ -185,7 +189,9 @@ def enriched(written, tmp_path_factory) -> Page:
             for by_cell in arm["differences"].values():
                 by_cell[cell]["fd_digits"] |= {"call": "inconclusive", "pairs_needed": 13}
                 by_cell[cell]["precision_digits"] |= {"call": "better", "pairs_needed": 2}
-        arm["by_count"] = {"euler20/s1": {"fd_digits": [[500, 12.0 + level], [2000, 9.0 + level]]}}
+        arm["by_count"] = {
+            "euler20/s1": {"fd_digits": [[500, 12.0 + level, 11.0, 19.0], [2000, 9.0 + level, 8.0, 18.0]]}
+        }
     directory = tmp_path_factory.mktemp("enriched")
     write_report(made.workspace, summary, directory)
     assert (directory / "counts.png").exists()
@@ -218,6 +224,65 @@ def test_with_several_bases_their_variation_is_named(tmp_path, written):
     write_report(written[3].workspace, summary, tmp_path)
     page = Page((tmp_path / "report.html").read_text())
     assert "sd over bases, over seeds of a base, within a seed 0.2500, 0.1250, 0.0625" in page.text
+
+
+@pytest.fixture(scope="module")
+def several(tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, dict[str, Any]]:
+    directory = tmp_path_factory.mktemp("several")
+    return write(SeveralBases(directory / "made", *SEVERAL), directory / "out")
+
+
+def test_what_intervals_are_over_is_said_of_every_cell(several, written):
+    page, _ = several
+    assert "euler20/s1 NFE 20, over 3 bases" in page.text
+    assert "heun4/s1.5 NFE 16, over base 0 alone, 2 seeds" in page.text
+    assert "euler20/s1 over 3 bases heun4/s1.5 over base 0 alone, 2 seeds" in page.text, "the claims' heads"
+    assert "over the seeds" not in page.text.replace("over the seeds of a base", "")
+    assert "agrees, one base" in page.text
+    assert "disagrees, one base" in page.text
+    assert page.text.count("Open markers, not joined to the others: base 0 alone.") == 1
+    assert "euler20/s1 NFE 20, over 4 seeds" in written[0].text
+    assert not re.search("base 0|one base|Open markers", written[0].text)
+
+
+def test_where_arms_have_unequal_numbers_each_interval_says_its_own(written, tmp_path):
+    summary = copy.deepcopy(written[1])
+    summary["arms"]["none"]["metrics"]["euler20/s1"]["fd_digits"]["n"] = 7
+    write_report(written[3].workspace, summary, tmp_path)
+    page = Page((tmp_path / "report.html").read_text())
+    for arm, over in (("none", "7 seeds"), ("mixflow", "4 seeds")):
+        found = summary["arms"][arm]["metrics"]["euler20/s1"]["fd_digits"]
+        assert f"{arm} {format_interval(found)} {over}" in page.text
+
+
+def test_the_pairs_needed_are_said_for_what(several, enriched, tmp_path, written):
+    page, summary = several
+    assert "how many pairs, here bases, are needed" in page.text
+    assert "a true difference of 5 % of the control's mean is seen in 4 of 5 experiments" in page.text
+    assert "how many pairs are needed" in enriched.text
+    assert "13 pairs needed against standard" in enriched.text, "beside the verdict"
+    summary = copy.deepcopy(summary)
+    for by_cell in summary["arms"]["mixflow"]["differences"].values():
+        for found in by_cell.values():
+            found["fd_digits"] |= {"call": "inconclusive", "pairs_needed": 13}
+    write_report(SeveralBases(tmp_path / "made", *SEVERAL).workspace, summary, tmp_path)
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "13 bases needed against standard" in text
+    assert "inconclusive, 13 bases needed" in text
+    assert "inconclusive, 13 pairs needed" in text, "of base 0 alone"
+
+
+def test_points_of_one_base_are_drawn_apart(monkeypatch):
+    drawn, original = [], Axes.errorbar
+
+    def errorbar(self: Axes, x: list[float], *others: Any, **style: Any) -> Any:
+        drawn.append((x, style["fmt"], style.get("mfc")))
+        return original(self, x, *others, **style)
+
+    monkeypatch.setattr(Axes, "errorbar", errorbar)
+    arm = {"metrics": {f"euler{n}/s1": {"fd": {"mean": n, "low": 0, "high": 9, "bases": b}} for n, b in MIXED}}
+    metric_curves({"a": arm}, ["fd"], {f"euler{n}/s1": n for n, _ in MIXED}, {"a": "red"})
+    assert drawn == [([4.0, 20.0], "o-", None), ([8.0], "o", "none")]
 
 
 def test_recall_and_full_resolution_stand_beside_a_feature_distance(enriched, written):
