@@ -94,10 +94,11 @@ def metrics(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[s
             mine: dict[int, Any] = {}
             for number, (pixels, labels) in _parts(site, inputs["samples"], cell):
                 fits = _fits(clip, pixels, [captions[i] for i in labels.tolist()]) if clip else None
-                mine[number] = (*_measured(extractors, pixels), fits)
+                mine[number] = (*_measured(extractors, pixels), fits, len(pixels))
             parts = site.gather(mine, to=owner)
             if site.rank == owner:
                 kept = _in_order(parts)
+                _check_count(site, stage, cell, sum(part[3] for part in kept))
         if site.rank < len(cells) - first:
             found = [
                 score(kind, Measured.join([part[0][kind] for part in kept]), references[kind], site.device)
@@ -118,6 +119,13 @@ def metrics(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[s
     if site.rank == 0:
         (directory / "metrics.json").write_text(json.dumps(everything, indent=1, sort_keys=True))
     return {}
+
+
+def _check_count(site: Site, stage: Stage, cell: str, found: int) -> None:
+    """A manifest that names fewer parts than there were would give the metrics of fewer images."""
+    wanted, samples = site.workspace.experiment.evaluation.num_samples, stage.inputs[0]
+    if found != wanted:
+        raise ValueError(f"{samples} must hold {wanted} images of {cell}, got {found}; --force {samples} redoes them")
 
 
 def _fits(clip: ClipScore, pixels: torch.Tensor, captions: list[str]) -> torch.Tensor:
