@@ -43,8 +43,9 @@ class Reporter:
         self.warnings: list[str] = []
 
     def warn(self, text: str) -> None:
-        """A warning of a worker, for the user to see."""
-        self.warnings.append(text)
+        """A warning of a worker, for the user to see: once, since every worker may say it."""
+        if text not in self.warnings:
+            self.warnings.append(text)
 
     def refuse(self, why: str) -> None:
         """Why a worker cannot go on, which another start would not change."""
@@ -201,8 +202,8 @@ def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
     )
     if site.rank == 0:
         reporter.started.remote()
-        for package in ("workers", "orchestration"):
-            logging.getLogger(package).addHandler(_Forward(reporter))
+    for package in ("workers", "orchestration"):
+        logging.getLogger(package).addHandler(_Forward(reporter))
     try:
         run_stages(site, [workspace.stages[name] for name in config["stages"]])
     except NonFiniteLossError as error:
