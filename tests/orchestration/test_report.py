@@ -8,12 +8,14 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from PIL import Image
 from test_results import ARM_LEVELS, CELLS, PRIMARY, Fabricated
 
+from orchestration import report
 from orchestration.report import text_table, write_report
 from orchestration.results import format_interval, summarise
 from orchestration.titles import companions, title
@@ -257,3 +259,15 @@ def test_titles_of_metrics_and_what_stands_beside_them(metric, text, beside):
     assert title(metric) == text
     assert companions(metric, known) == beside
     assert companions(metric, []) == []
+
+
+def test_the_versions_of_the_code_are_those_of_the_results():
+    def workspace(*versions: str | None) -> Any:
+        metas = [{} if version is None else {"code": version} for version in versions]
+        found = {str(n): SimpleNamespace(manifest=SimpleNamespace(meta=meta)) for n, meta in enumerate(metas)}
+        return SimpleNamespace(artifact=found.get, stages=dict.fromkeys(found, SimpleNamespace(kind="metrics")))
+
+    assert report._code(workspace("older", "older", None)) == "older"
+    assert report._code(workspace("older", "newer", "newer")) == (
+        "warning: results of several versions: newer (2 stages), older (1 stages); --force redoes the older"
+    )
