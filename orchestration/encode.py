@@ -293,7 +293,7 @@ class Worker:
     def do(self, piece: Mapping[str, Any]) -> dict[str, Any]:
         """Encodes a piece, unless its record says that it is done and its content is what the record says."""
         name, digest = piece["name"], piece["digest"]
-        record, why_again = self.task.parts.finished(name, digest)
+        record, why_again = self.task.parts.finished(name, digest, may_be_empty=True)
         if record is not None:
             return {"name": name, "record": record, "is_new": False, "why_again": ""}
         with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch:

@@ -171,7 +171,6 @@ def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> None:
                 f"of its features, got {', '.join(kinds)}; add it"
             )
     _check_primary(experiment, known)
-    _check_patches(experiment, known.num_images if known else split_images)
     for number, config in enumerate(evaluation.extractors):
         if config.kind == "digits":
             dimension = NUM_FEATURES
@@ -195,6 +194,7 @@ def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> None:
                 f"evaluation.reference must have more than the {dimension} features of {config.kind}, got "
                 f"{images_there} images in {split or 'npz'}; {mend}"
             )
+    _check_patches(experiment, known.num_images if known else split_images)
 
 
 def _check_patches(experiment: Experiment, reference_images: int | None) -> None:

@@ -47,8 +47,9 @@ class Reporter:
         self.warnings: list[str] = []
 
     def warn(self, text: str) -> None:
-        """A warning of a worker, for the user to see."""
-        self.warnings.append(text)
+        """A warning of a worker, for the user to see: once, since every worker may say it."""
+        if text not in self.warnings:
+            self.warnings.append(text)
 
     def refuse(self, launched: str, why: str) -> None:
         """Why a worker of a launch cannot go on, which another start would not change."""
@@ -227,11 +228,10 @@ def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
         tell=tell,
         rung=rung,
     )
-    if site.rank == 0:
-        if not config["trial"]:  # each trial has a group of its own
-            reporter.started.remote()
-        for package in ("workers", "orchestration"):
-            logging.getLogger(package).addHandler(_Forward(reporter))
+    if site.rank == 0 and not config["trial"]:  # each trial has a group of its own
+        reporter.started.remote()
+    for package in ("workers", "orchestration"):
+        logging.getLogger(package).addHandler(_Forward(reporter))
     try:
         run_stages(site, [workspace.stages[name] for name in config["stages"]])
     except NonFiniteLossError as error:

@@ -107,6 +107,7 @@ def metrics(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[s
             parts = site.gather(mine, to=owner)
             if site.rank == owner:
                 kept = _in_order(parts)
+                _check_count(site, stage, cell, sum(len(part[3]) for part in kept))
         if site.rank < len(cells) - first:
             classes = torch.cat([part[3] for part in kept]) if stage.settings["label_law"] == "equal" else None
             found = [
@@ -128,6 +129,13 @@ def metrics(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[s
     if site.rank == 0:
         (directory / "metrics.json").write_text(json.dumps(everything, indent=1, sort_keys=True))
     return {}
+
+
+def _check_count(site: Site, stage: Stage, cell: str, found: int) -> None:
+    """A manifest that names fewer parts than there were would give the metrics of fewer images."""
+    wanted, samples = site.workspace.experiment.evaluation.num_samples, stage.inputs[0]
+    if found != wanted:
+        raise ValueError(f"{samples} must hold {wanted} images of {cell}, got {found}; --force {samples} redoes them")
 
 
 def _fits(clip: ClipScore, pixels: torch.Tensor, captions: list[str]) -> torch.Tensor:

@@ -26,28 +26,30 @@ class Parts(NamedTuple):
     path: str
     records: str
 
-    def finished(self, name: str, digest: str) -> tuple[dict[str, Any] | None, str]:
+    def finished(self, name: str, digest: str, *, may_be_empty: bool = False) -> tuple[dict[str, Any] | None, str]:
         """The record of a part that is done; otherwise None and, where there is a record, why it does not count.
 
         Args:
             name: of the part's file.
             digest: of what decides its content.
+            may_be_empty: whether there may be a record without content.
         """
         try:
             record = json.loads(self.storage.read(f"{self.records}/{name}.json"))
             if record["digest"] != digest:
                 return None, "its inputs or settings have changed"
+            expected = FileEntry(record["size"], record["sha256"])
         except FileNotFoundError:
             return None, ""
         except (ValueError, KeyError, TypeError):
             return None, "its record is unreadable"
-        if not record["sha256"]:  # it has no content
-            return record, ""
+        if not expected.sha256:
+            return (record, "") if may_be_empty else (None, "its record is of no content")
         try:
             content = self.storage.read(f"{self.path}/{name}")
         except FileNotFoundError:
             return None, "it is missing"
-        if hashlib.sha256(content).hexdigest() != record["sha256"]:
+        if hashlib.sha256(content).hexdigest() != expected.sha256:
             return None, "its content is not what its record says"
         return record, ""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from itertools import cycle
@@ -13,7 +14,7 @@ from typing import Any
 from orchestration.figures import count_curves, metric_curves, slow_flow_plot, times_plot
 from orchestration.page import COLOURS, data_uri, render
 from orchestration.results import cell_file, format_interval
-from orchestration.workflow import Workspace, code_version
+from orchestration.workflow import Workspace
 
 VERSIONS = ("mixflow", "torch", "diffusers", "transformers", "ray", "mlflow", "pyarrow", "numpy", "scikit-learn")
 
@@ -46,7 +47,7 @@ def write_report(workspace: Workspace, summary: Mapping[str, Any], directory: Pa
         grids=_grids(workspace),
         cost=_cost(workspace),
         versions={name: metadata.version(name) for name in VERSIONS} | {"python": platform.python_version()},
-        code=code_version(),
+        code=_code(workspace),
         settings=experiment.model_dump_json(indent=1),
         workspace=storage.uri,
     )
@@ -189,6 +190,16 @@ def _grids(workspace: Workspace) -> list[dict[str, Any]]:
             images[arm] = data_uri(artifact.read(f"{cell_file(sampler.name)}.png"))
         found.append({"cell": sampler.name, "images": images})
     return found
+
+
+def _code(workspace: Workspace) -> str:
+    """The versions of the code that made the results, which may be older than the one that writes the report."""
+    artifacts = [workspace.artifact(name) for name, stage in workspace.stages.items() if stage.kind != "report"]
+    counts = Counter(str(a.manifest.meta["code"]) for a in artifacts if a and "code" in a.manifest.meta)
+    if len(counts) < 2:
+        return "".join(counts)
+    each = ", ".join(f"{version} ({count} stages)" for version, count in counts.most_common())
+    return f"warning: results of several versions: {each}; --force redoes the older"
 
 
 def _cost(workspace: Workspace) -> list[dict[str, Any]]:

@@ -197,8 +197,16 @@ def _samples(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[
     if site.rank != 0:
         return {}
     totals = dict.fromkeys((what.sampler.name for what in _sample_sets(settings)), 0)
-    for cell, what, number, _ in work:
-        totals[what.sampler.name] += records[part_name(cell, number)]["evaluations"]
+    each: dict[str, float] = {}
+    for cell, what, number, batches in work:
+        evaluations = records[part_name(cell, number)]["evaluations"]
+        totals[what.sampler.name] += evaluations
+        an_image = evaluations / sum(len(what.indices(batch)) for batch in batches)
+        if what.sampler.method != "dopri5" and each.setdefault(cell, an_image) != an_image:
+            raise ValueError(
+                f"{stage.name}: the parts of {cell} must take equally many evaluations an image, got {each[cell]:g} "
+                f"and {an_image:g}; remove {parts.storage.uri}/{parts.records} and run again"
+            )
     n = settings["num_samples"]
     nfe = {cell: total // n if total % n == 0 else total / n for cell, total in totals.items()}
     return {"nfe": nfe, "parts": records}

@@ -27,6 +27,7 @@ from urllib.parse import unquote, urlsplit
 from workers.manifest import MANIFEST, CorruptError, FileEntry, Manifest, measure
 
 log = logging.getLogger(__name__)
+_told: set[str] = set()
 
 SET_ASIDE = "set-aside.json"
 TEMP_PREFIX = ".tmp-"
@@ -145,10 +146,18 @@ class Storage(abc.ABC):
         return found
 
     def manifest(self, path: str) -> Manifest | None:
-        """The manifest of the directory published at `path`; None if there is none, it is unreadable, or set aside."""
+        """The manifest of the directory published at `path`; None if there is none, it is set aside, or unreadable.
+
+        One that is unreadable is a warning: what lies there will be made again.
+        """
         try:
             return self._committed(path)
-        except (FileNotFoundError, CorruptError):
+        except FileNotFoundError:
+            return None
+        except CorruptError as error:
+            if error.file == MANIFEST and str(error) not in _told:  # asked for again and again while a run begins
+                _told.add(str(error))
+                log.warning("%s", error)
             return None
 
     def fetch(self, path: str, into: Path) -> Path:

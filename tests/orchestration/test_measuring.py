@@ -17,6 +17,7 @@ from stage_group import SMALL, run_group
 from orchestration import measuring, stages
 from orchestration.cli import _checkpoint, main
 from orchestration.convert import export_samples
+from orchestration.parts import Parts
 from orchestration.progress import Progress
 from orchestration.recipe import load
 from orchestration.run import Place, _driver_stages
@@ -158,6 +159,65 @@ def test_what_a_killed_run_had_finished_is_kept(trained, alone, tmp_path, monkey
     assert {path: path.stat().st_ino for path in kept} == written
     assert f"{spoilt.name} of samples/none/0 is sampled again: its content is not what its record says" in caplog.text
     assert digests(directory, "samples") == digests(alone, "samples")
+
+
+class Stopped(BaseException):
+    """Stands for a kill."""
+
+
+def test_parts_that_took_unlike_evaluations_give_no_number(trained, tmp_path, monkeypatch):
+    directory, write = copy_of(trained, tmp_path / "altered"), stages.write_part
+    written: list[Path] = []
+
+    def write_three(path: Path, *content: torch.Tensor) -> None:
+        if len(written) == 3:
+            raise Stopped
+        written.append(path)
+        write(path, *content)
+
+    monkeypatch.setattr(stages, "write_part", write_three)
+    with pytest.raises(Stopped):
+        run_group(1, directory, ("samples",))
+    monkeypatch.setattr(stages, "write_part", write)
+    (path,) = (directory / "ws" / "parts").rglob("euler3-s1-00001.parquet.json")
+    path.write_text(json.dumps({**json.loads(path.read_text()), "evaluations": 240}))
+    with pytest.raises(ValueError, match=r"parts of euler3-s1 must take equally many .* an image, got 3 and 4; remove"):
+        run_group(1, directory, ("samples",))
+
+
+def test_metrics_of_fewer_images_than_asked_for_are_refused(alone, tmp_path):
+    directory = copy_of(alone, tmp_path / "fewer")
+    path = Path(workspace_of(directory).result("samples/none/0").full_uri) / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["files"]["euler3-s1-00002.parquet"]
+    path.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match="samples/none/0 must hold 180 images of euler3/s1, got 120; --force samples"):
+        run_group(1, directory, ("metrics",))
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        ({}, ""),
+        ({"sha256": None}, "its record is unreadable"),
+        ({"size": None}, "its record is unreadable"),
+        ({"sha256": ""}, "its record is of no content"),
+    ],
+)
+def test_a_record_is_believed_only_with_its_content(tmp_path, change, why):
+    parts = Parts(open_storage(str(tmp_path / "ws")), "samples/1", "parts/1")
+    (tmp_path / "it").write_text("content")
+    record = {**parts.keep("it", "1", tmp_path / "it", {}), **change}
+    parts.storage.put(
+        "parts/1/it.json", json.dumps({key: value for key, value in record.items() if value is not None}).encode()
+    )
+    assert parts.finished("it", "1") == ((None, why) if why else (record, ""))
+
+
+def test_a_part_may_be_empty_where_that_is_said(tmp_path):
+    parts = Parts(open_storage(str(tmp_path / "ws")), "data/1", "parts/1")
+    record = parts.keep("it", "1", tmp_path / "absent", {})
+    assert parts.finished("it", "1", may_be_empty=True) == (record, "")
 
 
 def test_the_metrics_are_those_of_the_samples(alone):

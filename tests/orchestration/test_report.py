@@ -8,6 +8,7 @@ import json
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from PIL import Image
 from test_results import ARM_LEVELS, CELLS, PRIMARY, Fabricated, slow_flow_of
 from test_summary import SEVERAL, SeveralBases
 
+from orchestration import report
 from orchestration.figures import metric_curves
 from orchestration.report import slow_flow_table, text_table, write_report
 from orchestration.results import format_interval, summarise
@@ -347,3 +349,15 @@ def test_slow_flow_for_a_terminal(written):
     assert lines.count("real pairs continued from s = 0.25: 5 %, median, 95 % of m") == 2
     (without,) = [i for i, line in enumerate(lines) if line.endswith("(no error-free field: it was left out)")]
     assert not any("error-free" in line for line in lines[without + 1 :])
+
+
+def test_the_versions_of_the_code_are_those_of_the_results():
+    def workspace(*versions: str | None) -> Any:
+        metas = [{} if version is None else {"code": version} for version in versions]
+        found = {str(n): SimpleNamespace(manifest=SimpleNamespace(meta=meta)) for n, meta in enumerate(metas)}
+        return SimpleNamespace(artifact=found.get, stages=dict.fromkeys(found, SimpleNamespace(kind="metrics")))
+
+    assert report._code(workspace("older", "older", None)) == "older"
+    assert report._code(workspace("older", "newer", "newer")) == (
+        "warning: results of several versions: newer (2 stages), older (1 stages); --force redoes the older"
+    )

@@ -346,11 +346,20 @@ def test_a_spoilt_file_is_named(
 
 @pytest.mark.parametrize("spoil", [lambda text: text[: len(text) // 2], lambda text: text.replace(b"small", b"../..")])
 def test_a_torn_or_hostile_manifest_is_none(
-    spoil: Callable[[bytes], bytes], storage: Storage, raw: Raw, directory: Path, tmp_path: Path
+    spoil: Callable[[bytes], bytes],
+    storage: Storage,
+    raw: Raw,
+    directory: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     storage.publish(directory, "run/1")
     raw.write("run/1/manifest.json", spoil(raw.read("run/1/manifest.json").replace(b"small.txt", b"small/txt")))
     assert storage.manifest("run/1") is None
+    assert storage.manifest("run/1") is None
+    assert storage.manifest("run/2") is None, "never published, which is no warning"
+    (warning,) = [r.getMessage() for r in caplog.records if r.name == "orchestration.storage"]
+    assert warning.startswith(f"{storage.uri}/run/1: manifest.json is unreadable")
     with pytest.raises(CorruptError, match=r"run/1: manifest\.json is unreadable"):
         storage.fetch("run/1", tmp_path / "copy")
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from orchestration import stages, workflow
-from orchestration.launch import worker_entry
+from orchestration.launch import Reporter, worker_entry
 from orchestration.recipe import load
 from orchestration.run import _forced
 from orchestration.site import Site
@@ -484,3 +484,17 @@ def test_what_another_start_may_mend_is_tried_again(enter):
     with pytest.raises(OSError, match="no route"):
         enter(1, lost)
     assert enter(1, lambda *_: None) == {}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_warnings_of_every_rank_are_heard(enter, rank):
+    assert enter(rank, lambda *_: logging.getLogger("orchestration.stages").warning("a part is %s", "spoilt")) == {}
+    assert enter.told.warnings == ["a part is spoilt"]
+
+
+def test_a_warning_that_many_workers_give_is_said_once(storage, monkeypatch):
+    monkeypatch.setattr("orchestration.launch.Tracker", lambda *_: None)
+    reporter = Reporter(storage.uri, "", "quickstart", "experiments/one")
+    for text in ("spoilt", "other", "spoilt"):
+        reporter.warn(text)
+    assert reporter.progress()["warnings"] == ["spoilt", "other"]
