@@ -5,9 +5,9 @@
     python tests/benchmarks/gamma_campaign.py --table                      # what the results say, without running
 
 Three kinds of images (scikit-learn's digits of 8 x 8, the same enlarged to 32 x 32, its two photographs cut into
-patches of 16 x 16) times three bases (small, undertrained, trained) are nine settings. Each is an ordinary experiment:
+patches of 16 x 16) times three bases (small, undertrained, trained) are nine settings. Each is an experiment as usual:
 the base, standard post-training, and for each gamma the slowed arm and its matched-marginal control, all with three
-paired seeds, sampled by Euler of 8 and 20 steps and by an SDE of 8. The workspace resumes what was begun; a setting that
+paired seeds, sampled by Euler of 8 and 20 steps and an SDE of 8. The workspace resumes what was begun; a setting that
 is done is one JSON line of the result file.
 
 The best of five arms is partly the luckiest. Its gain is therefore read on each seed for the gamma that the other seeds
