@@ -185,7 +185,10 @@ def export_samples(
         n for n in artifact.manifest.files if re.fullmatch(rf"{re.escape(cell_file(cell))}-\d{{5}}\.parquet", n)
     )
     if not names:
-        raise ValueError(f"{stage} must have the cell {cell}, which is sampled from the first base alone")
+        raise ValueError(
+            f"{stage} must have the cell {cell}, which is sampled from the first base alone; give --replicate 0 to "
+            f"{experiment.replicates - 1}"
+        )
     batches = (read_part(io.BytesIO(artifact.read(name)))[0] for name in names)
     write_samples(target, batches, (experiment.evaluation.num_samples, height, width, channels))
     return {"stage": stage, "cell": cell, "written": str(target.absolute())}

@@ -189,7 +189,9 @@ def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> None:
         if known and config.kind != "inception":  # whose statistics are given
             images_there = known.num_images or 0
         if images_there is not None and images_there <= dimension:
-            mend = "hold out more, or compare with train" if split else "compare with a split, or leave this one out"
+            mend = "compare with a split, or leave this one out"
+            if split:
+                mend = "hold out more, or compare with train" if split == "held_out" else "leave this one out"
             raise ValueError(
                 f"evaluation.reference must have more than the {dimension} features of {config.kind}, got "
                 f"{images_there} images in {split or 'npz'}; {mend}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import subprocess
 from dataclasses import replace
@@ -29,6 +30,7 @@ from workers.codecs import (
     quantise,
 )
 from workers.data import to_latent
+from workers.manifest import measure
 from workers.models.rae_decoder import load_rae_decoder
 
 CPU = torch.device("cpu")
@@ -542,6 +544,22 @@ def test_a_directory_without_weights_is_named(tmp_path, name):
     assert f"{tmp_path / name} must be a local directory with" in refused(
         CodecConfig("vae", 32, weights=str(tmp_path / name), sha256=ZEROS, scale=1.0)
     )
+
+
+def test_a_file_is_read_again_only_where_it_may_have_changed(tmp_path, monkeypatch):
+    file, read = tmp_path / "config.json", []
+    monkeypatch.setattr("workers.codecs.measure", lambda path: read.append(path) or measure(path))
+    found = {}
+    for content, seconds in (("{}", 1), ("[]", 2)):  # of one size
+        file.write_text(content)
+        os.utime(file, (seconds, seconds))
+        found[content] = {directory_hash(tmp_path) for _ in range(3)}
+        line = f"{hashlib.sha256(content.encode()).hexdigest()}  config.json\n"
+        assert found[content] == {hashlib.sha256(line.encode()).hexdigest()}
+    assert len(read) == 2
+    file.write_text("{}")  # just now: a second change would have the same time
+    assert {directory_hash(tmp_path) for _ in range(3)} == found["{}"]
+    assert len(read) == 5
 
 
 def test_a_wrong_hash_is_answered_with_the_right_one(tmp_path):
