@@ -13,7 +13,7 @@ from orchestration.differences import agreement, difference, recall_beside, spre
 from orchestration.experiment import Experiment
 from orchestration.sections import Claim
 from orchestration.workflow import PATHS_OF_CODEC, Workspace
-from workers.evaluate import BATCH
+from workers.evaluate import BATCH, ESTIMATORS
 from workers.sample import LABEL_LAWS
 
 # One metrics.json: cell -> metric -> value, and beside the metrics, where they were measured,
@@ -178,6 +178,7 @@ def protocol(workspace: Workspace) -> dict[str, Any]:
         "reference": _reference(workspace),
         "extractors": extractors,
         "extractor_batch_size": BATCH,
+        "estimators": ESTIMATORS,
         **({"classifier_accuracy": features.manifest.meta["held_out_accuracy"]} if "digits" in extractors else {}),
         "bases": experiment.bases,
         "replicates": experiment.replicates,

@@ -29,6 +29,14 @@ BATCH = 50  # images of one call of an extractor, part of the protocol: it decid
 PATCH = 8  # side of the patches of fd_patches, in pixels
 RESAMPLES = 20  # of the bootstrap within a seed
 NEIGHBOURS = 3  # of precision and recall, as ADM's evaluator takes them
+SPLITS = 10  # of the Inception score, as published
+# What a metric's value depends on besides its images and extractor.
+ESTIMATORS = {
+    "kid": "unbiased, all pairs",
+    "precision_recall_neighbours": NEIGHBOURS,
+    "inception_score_splits": SPLITS,
+    "patch_pixels": PATCH,
+}
 PUBLISHED = {
     "frechet": "fid",
     "spatial": "sfid",
@@ -225,7 +233,7 @@ def _measures(kind: str, found: Measured, reference: Reference, device: torch.de
         spatial = Moments(mine.count, mine.mean.to(device), mine.scatter.to(device))
         measures[names["spatial"]] = lambda: frechet_distance(spatial, its)
     if (logits := found.logits) is not None:
-        measures[names["score"]] = lambda: inception_score(logits)[0]
+        measures[names["score"]] = lambda: inception_score(logits, splits=SPLITS)[0]
     if (known := reference.features) is not None:
         both = lru_cache(lambda: precision_recall(known, features, k=NEIGHBOURS))
         measures[names["kernel"]] = lambda: kernel_distance(features, known)

@@ -334,6 +334,8 @@ def test_files_of_values_alone_are_read(summary):
 def test_a_number_carries_its_protocol(summary, fabricated):
     found = summary["protocol"]
     assert found == protocol(fabricated.workspace)
+    assert found["estimators"]["precision_recall_neighbours"] == 3
+    assert (found["estimators"]["patch_pixels"], found["estimators"]["inception_score_splits"]) == (8, 10)
     assert found["nfe"] == {"euler20/s1": 20, "heun4/s1.5": 16}
     assert [(s["method"], s["num_steps"], s["guidance_scale"]) for s in found["samplers"]] == [
         ("euler", 20, 1.0),
