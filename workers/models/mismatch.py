@@ -99,7 +99,10 @@ def _nearest(weights: Mapping[str, Tensor], config: ModelConfig) -> ModelConfig:
     told = noise_at_of({name: tuple(value.shape) for name, value in weights.items()})
     # Where nothing in a file tells which way its time runs, the model's own setting stays.
     noise_at = config.noise_at if told is None else told
-    return infer_config(weights, family="repa" if noise_at else "sit", **given)
+    found = infer_config(weights, family="repa" if noise_at else "sit", **given)
+    if isinstance(found, SiTConfig) and not found.projector_dims:  # the other settings of projectors say nothing then
+        found = replace(found, projector_depth=config.projector_depth, projector_width=config.projector_width)
+    return found
 
 
 def _settings_of_sd3(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
