@@ -1,6 +1,5 @@
-"""Sweeps on a real Ray cluster: every trial accounted for, pruned and diverged ones too, in the workspace and in MLflow."""
+"""Sweeps on a real Ray cluster: every trial is accounted for, pruned and diverged ones too, here and in MLflow."""
 
-import json
 from pathlib import Path
 from typing import Any
 
