@@ -21,6 +21,7 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from ray.tune.search import Searcher
 
 from orchestration import cluster
+from orchestration.differences import higher_is_better
 from orchestration.experiment import Experiment, derived_seed
 from orchestration.launch import ControllerDiedError, DivergedError, RunFailedError, cause_of, launch
 from orchestration.ledger import Entry, Ledger
@@ -29,7 +30,6 @@ from orchestration.run import Place, delivered, join, open_reporter, run_experim
 from orchestration.space import suggest
 from orchestration.storage import open_storage
 from orchestration.sweep_report import SweepRecorder, SweepWorkspace, budget, conclude, history_of
-from orchestration.titles import lower_is_better
 from orchestration.trials import CONTROLS, MATCHED, check_space, label_of, sweep_of, trial_experiment
 from orchestration.workflow import Stage, Workspace, trial_stage
 
@@ -242,7 +242,7 @@ class _Accounts(tune.Callback):
 
 
 def _mode(experiment: Experiment) -> str:
-    return "max" if lower_is_better(experiment.objective.partition("/")[0]) is False else "min"
+    return "max" if higher_is_better(experiment.objective.partition("/")[0]) else "min"
 
 
 def _scheduler(experiment: Experiment, ledger: Ledger, steps: int) -> TrialScheduler:

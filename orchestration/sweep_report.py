@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from orchestration.differences import higher_is_better
 from orchestration.experiment import Experiment
 from orchestration.figures import sweep_plot
 from orchestration.ledger import Entry, Ledger
@@ -13,7 +14,6 @@ from orchestration.page import number
 from orchestration.plan import PEAK_TFLOPS, costs
 from orchestration.recording import EXPERIMENT, Recorder, now_ms
 from orchestration.results import cell_file
-from orchestration.titles import lower_is_better
 from orchestration.tracking import Metric
 from orchestration.trials import CONTROLS, SCHEDULING, sweep_identity, sweep_of, trial_experiment
 from orchestration.workflow import Workspace, code_version
@@ -182,7 +182,7 @@ def summary_of(experiment: Experiment, ledger: Ledger) -> dict[str, Any]:
             "differences": {} if value is None else {name: value - other for name, other in controls.items()},
         }
 
-    lower = lower_is_better(experiment.objective.partition("/")[0]) is not False
+    lower = not higher_is_better(experiment.objective.partition("/")[0])
     trials = [row(entry) for entry in ledger.trials]
     finished = [trial for trial in trials if trial["state"] == "finished"]
     best = min(finished, key=lambda t: t["objective"] if lower else -t["objective"], default=None)

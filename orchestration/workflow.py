@@ -208,7 +208,6 @@ def trial_stage(e: Experiment, arm: str) -> Stage:
     metric, _, cell = e.objective.partition("/")
     sampling = _sample_stage(e, arm, 0).settings
     sampler = next(sampler for sampler in e.evaluation.samplers if sampler.name == cell)
-    guided = sampler.guidance == "autoguidance" and sampler.guidance_scale != 1
     samples = {
         **{key: value for key, value in sampling.items() if key != "run"},
         "samplers": [asdict(sampler)],
@@ -223,7 +222,7 @@ def trial_stage(e: Experiment, arm: str) -> Stage:
             "samples": samples,
             "extractors": _hashes(e),
         },
-        ("data", e.base_stage(), "features", "reference", *(["guide"] if guided else [])),
+        ("data", e.base_stage(), "features", "reference", *(["guide"] if _needs_guide(sampler) else [])),
     )
 
 

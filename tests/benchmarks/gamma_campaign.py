@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from kill_campaign import read_results
 from scipy import stats
 
 from mixflow_core.statistics import student_interval
@@ -234,17 +235,6 @@ def _correlation(found: tuple[float, float, float] | None) -> str:
         if found is None
         else f"{found[0]:+.2f} [{found[1]:+.2f}, {found[2]:+.2f}]"
     )
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The settings that are done; a last line that was cut off while it was written is removed."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        path.write_text("".join(lines))
-    return [json.loads(line) for line in lines]
 
 
 def campaign(results: Path, workspace: Path, wanted: Callable[[str], bool]) -> list[dict[str, Any]]:
