@@ -78,6 +78,8 @@ class Experiment(Frozen):
             )
         if self.bases > 1 and self.base.checkpoint:
             raise ValueError(f"bases must be 1 for a given base.checkpoint, got {self.bases}; set it to 1")
+        if self.weighting != "none" and self.prediction not in ("noise", "score"):
+            raise ValueError(f"weighting must be none for {self.prediction} prediction, got {self.weighting}")
         for where, training in (("training", self.training), ("base.train", self.base.train)):
             if training and self.cluster.num_workers > training.num_shards:
                 raise ValueError(

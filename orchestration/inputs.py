@@ -76,6 +76,8 @@ def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> Checked:
         with source, of_section("data.images", *Images.model_fields):
             settings = local_encoders(experiment.data.images)
             plan = plan_encoding(settings, experiment.codec)
+        if experiment.codec.description and settings.keep_pixels != "all" and "train" in _splits_seen(experiment):
+            raise _lacks_pixels("train")
         found, warnings = plan.recipe.num_classes, _left_out(experiment.data.images, plan.left_out)
         facts = {split: {"num_images": count} for split, count in plan.num_rows.items()}
         to_encode = {split: sum(len(s.places) for s in plan.shards if s.split == split) for split in images.SPLITS}
@@ -302,9 +304,7 @@ def _check_split(experiment: Experiment, name: images.Split, facts: Mapping[str,
     if codec is None and facts["dtype"] != "uint8":
         raise ValueError(f"data must be uint8 pixels, got {facts['dtype']} in {name}; the metrics read pixels")
     if codec is not None and facts["image_size"] is None and name in _splits_seen(experiment):
-        raise ValueError(
-            f"data must keep the pixels of {name}, which the metrics read; set data.images.keep_pixels: all"
-        )
+        raise _lacks_pixels(name)
     if experiment.alignment_weight and name == "train":
         _check_features(experiment, facts["features"])
     if name == "train" and facts["absent_class"] is not None and model.family != "sd3":
@@ -315,6 +315,10 @@ def _check_split(experiment: Experiment, name: images.Split, facts: Mapping[str,
         raise ValueError(
             f"data must hold out at least {LEAST_HELD_OUT} images to compare with, got {facts['num_images']}; add some"
         )
+
+
+def _lacks_pixels(split: str) -> ValueError:
+    return ValueError(f"data must keep the pixels of {split}, which the metrics read; set data.images.keep_pixels: all")
 
 
 def least_held_out(experiment: Experiment) -> int:

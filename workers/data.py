@@ -87,7 +87,7 @@ class ImageSet(NamedTuple):
         if self.codec is None:
             return self.images
         if self.pixels is None:
-            raise ValueError("data must keep the pixels beside the latents for this; encode them with --keep-pixels")
+            raise ValueError("data must keep the pixels beside the latents for this; encode them with keep_pixels: all")
         return self.pixels
 
     def x1(self, rows: np.ndarray | slice, numbers: torch.Generator | None = None) -> Tensor:

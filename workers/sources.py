@@ -9,6 +9,7 @@ from __future__ import annotations
 import glob
 import os
 import re
+import stat
 import tarfile
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
@@ -211,7 +212,14 @@ def _captioned(root: Path, images: Sequence[str], files: set[str]) -> Iterator[_
 
 
 def _image_file(root: Path, file: str) -> Place:
-    about = (root / file).stat()
+    try:
+        about = (root / file).stat()
+    except OSError as error:
+        raise ValueError(
+            f"source must hold readable images, got {root / file} ({error.strerror}); remove it"
+        ) from error
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError(f"source must hold files as images, got the pipe or device {root / file}; remove it")
     return Place(file, file, 0, about.st_size, about.st_mtime_ns)
 
 
@@ -314,7 +322,7 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 
 def _text(content: bytes, name: str) -> str:
     try:
-        return content.decode().strip()
+        return content.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
         raise ValueError(f"source must have labels and captions in UTF-8, got others for {name} ({error})") from error
 

@@ -325,6 +325,7 @@ def test_a_published_recipe_costs_what_its_paper_says(recipe, parameters, flops)
         ("quickstart", f"base.mixture={SLOWED}", "base.mixture must be standard interpolation, m = t"),
         ("quickstart", f"base.mixture={BETA}", "arms must include standard training {mixture: {time_law: beta"),
         ("quickstart", "path=vp", "samplers must stay in [0, 0.999] for velocity prediction on path vp, got"),
+        ("quickstart", "weighting=velocity", "weighting must be none for velocity prediction, got velocity"),
         ("quickstart", "prediction=noise", "must stay in [0.001, 0.999] for noise prediction on path linear, got"),
         ("quickstart", "evaluation.samplers.4={method: sde, num_steps: 20, diffusion: sbdm}", SBDM),
         ("quickstart", "evaluation.samplers.4={method: sde, num_steps: 20, diffusion: sbdm, start: 0.01}", None),

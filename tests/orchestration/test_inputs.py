@@ -432,6 +432,16 @@ def test_a_source_that_changed_after_it_was_encoded_is_a_warning(home: Home, cha
     assert plan["stages"][0] == {"name": "data", "state": "done"}
 
 
+def test_pixels_that_the_metrics_need_are_asked_for_before_encoding(home: Home, tmp_path: Path) -> None:
+    experiment, _, _ = home
+    assert experiment.data.images
+    kept = experiment.data.images.model_copy(update={"keep_pixels": "held_out"})
+    data = experiment.data.model_copy(update={"images": kept})
+    empty = Workspace(experiment.model_copy(update={"data": data}), open_storage(str(tmp_path / "empty")))
+    with pytest.raises(ValueError, match=r"must keep the pixels of train, .*; set data.images.keep_pixels: all"):
+        check_inputs(empty)
+
+
 def test_a_run_warns_of_a_changed_source_and_force_checks_it_first(home: Home, monkeypatch, capfd) -> None:
     experiment, workspace, images = home
     place = Place(workspace.storage, f"sqlite:///{images.parent}/mlflow.db", [])

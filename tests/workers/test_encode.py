@@ -229,6 +229,21 @@ def test_an_empty_caption_is_refused_by_name(tmp_path, kind):
         list_source(str(tmp_path), captions=True)
 
 
+def test_a_mark_of_byte_order_is_no_part_of_a_caption(tmp_path):
+    images = [image._replace(caption=f"\ufeff{image.caption}") for image in pictures(4)]
+    source = list_source(captioned_folder(tmp_path / "source", images), captions=True)
+    assert sorted(source.captions) == sorted(image.caption for image in pictures(4))
+
+
+def test_what_cannot_be_read_as_an_image_file_is_refused_by_name(tmp_path):
+    source = Path(class_folder(tmp_path / "source", pictures(30)))
+    (source / "one" / "link.png").symlink_to(tmp_path / "nowhere.png")
+    assert f"source must hold readable images, got {source}/one/link.png (No such file" in refused(source)
+    (source / "one" / "link.png").unlink()
+    os.mkfifo(source / "one" / "pipe.png")
+    assert f"source must hold files as images, got the pipe or device {source}/one/pipe.png" in refused(source)
+
+
 @pytest.mark.parametrize("loop", ["itself", "above", "each other"])
 def test_a_directory_below_itself_is_refused(tmp_path, loop):
     source = Path(class_folder(tmp_path / "source", pictures(30)))

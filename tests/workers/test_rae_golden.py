@@ -304,7 +304,8 @@ def check_ode(case: Case) -> None:
     # The error estimate of the adaptive solver's first steps is nothing but rounding, and its step sizes follow it.
     adaptive = params["method"] == "dopri5"
     assert recorder.times == pytest.approx(params["eval_times"], rel=0, abs=1e-2 if adaptive else 1e-7)
-    close(torch.stack(states)[-len(case.expected["traj"]) :], case.expected["traj"], 2e-5 if adaptive else 5e-6)
+    # Its first step's size differs between CPUs for the same reason: 2e-5 apart on some and 8e-5 on others.
+    close(torch.stack(states)[-len(case.expected["traj"]) :], case.expected["traj"], 2e-4 if adaptive else 5e-6)
     assert len(states) == params["num_steps"]
 
 

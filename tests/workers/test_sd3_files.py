@@ -63,6 +63,10 @@ def test_what_diffusers_wrote_in_several_files_inside_a_pipeline_is_read(tmp_pat
     for wrong, problem in (
         ({"weight_map": {**whole["weight_map"], "zzz": file}}, "but zzz is in no file; get"),
         ({"weight_map": {k: v for k, v in whole["weight_map"].items() if k != name}}, f"but {name} is not listed; get"),
+        (
+            {"weight_map": {**whole["weight_map"], name: "other.safetensors"}},
+            f"but {name} is in {file} and listed in oth",
+        ),
         ({}, "must have a weight_map of tensors to files"),
         ([], "must hold a map of settings, got a list"),
     ):

@@ -11,7 +11,7 @@ import re
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tiny_sd3 import config as sd3_config
 from worker_toys import MODEL
 
@@ -187,6 +187,9 @@ def test_fitting_weights_are_accepted():
     check_architecture(weights(), SHAPE, "x.pt")
 
 
+UNTOLD = "; nothing in the file tells whether {} is what it was trained with"
+
+
 @pytest.mark.parametrize(
     ("stored", "problem", "cure"),
     [
@@ -195,18 +198,31 @@ def test_fitting_weights_are_accepted():
             "final_layer.linear.bias has shape (32,) instead of (16,)",
             "model.learn_sigma to true",
         ),
-        ({"depth": 2}, "blocks.1.adaLN_modulation.1.bias is not part of it (10 in all)", "model.depth to 2"),
+        (
+            {"depth": 2},
+            "blocks.1.adaLN_modulation.1.bias is not part of it (10 in all)",
+            f"model.depth to 2{UNTOLD.format('model.noise_at 0 (SiT)')}",
+        ),
         (
             {"hidden_size": 24},
             "blocks.0.adaLN_modulation.1.bias has shape (144,) instead of (96,)",
-            "model.hidden_size to 24",
+            f"model.hidden_size to 24{UNTOLD.format('model.num_heads 2 and model.noise_at 0 (SiT)')}",
         ),
-        ({"input_size": 16}, "pos_embed has shape (1, 16, 16) instead of (1, 4, 16)", "model.input_size to 16"),
+        (
+            {"input_size": 16},
+            "pos_embed has shape (1, 16, 16) instead of (1, 4, 16)",
+            f"model.input_size to 16{UNTOLD.format('model.noise_at 0 (SiT)')}",
+        ),
         ({"noise_at": 1}, None, None),
         (
             {"projector_dims": (6,), "projector_depth": 1, "noise_at": 1},
             "projectors.0.0.bias is not part of it (6 in all)",
             "model.noise_at to 1, model.projector_dims to [6], model.projector_depth to 1",
+        ),
+        (
+            {"projector_dims": (6, 7), "projector_depth": 1, "noise_at": 1},
+            "projectors.0.0.bias is not part of it (12 in all)",
+            "model.noise_at to 1, model.projector_dims to [6, 7], model.projector_depth to 1, and alignment_weight to 0",
         ),
     ],
 )
@@ -282,10 +298,20 @@ def test_repas_own_time_is_kept_where_a_file_does_not_tell_it():
     config = SiTConfig(**MODEL, noise_at=1, projector_dims=(6,), projector_depth=1)
     with pytest.raises(ValueError, match="must fit the model") as caught:
         check_architecture(weights(), config, "x.pt")
-    assert str(caught.value).endswith("; set model.projector_dims to [], and alignment_weight to 0")
+    untold = UNTOLD.format("model.noise_at 1 (REPA)")
+    assert str(caught.value).endswith(f"; set model.projector_dims to [], and alignment_weight to 0{untold}")
     with pytest.raises(ValueError, match="must fit the model") as caught:
         check_architecture(weights(depth=2), SiTConfig(**MODEL, noise_at=1), "x.pt")
-    assert str(caught.value).endswith("; set model.depth to 2")
+    assert str(caught.value).endswith(f"; set model.depth to 2{untold}")
+
+
+def test_the_heads_of_a_published_width_are_its_own():
+    """A SiT-XL/2 in the place of a SiT-B/2, whose twelve heads would divide its width too."""
+    with pytest.raises(ValueError, match="must fit the model") as caught:
+        check_architecture(
+            SiT(dataclasses.replace(SiTConfig.published("XL"), depth=1)).state_dict(), SiTConfig.published("B"), "x.pt"
+        )
+    assert "set model.hidden_size to 1152, model.depth to 1, model.num_heads to 16" in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -401,6 +427,21 @@ def test_what_is_saved_is_loaded_to_the_bit(tmp_path, name):
         assert torch.load(tmp_path / name, weights_only=True).keys() == {"ema"}
     with pytest.raises(ValueError, match=r"must end in \.safetensors or \.pt, got 'x\.bin'"):
         save_weights(found, tmp_path / "x.bin")
+
+
+def test_two_names_for_one_tensor_are_written_as_two_tensors(tmp_path):
+    found = weights()
+    found["again"] = found["x_embedder.proj.bias"]
+    save_weights(found, tmp_path / "x.safetensors")
+    written = load_file(tmp_path / "x.safetensors")
+    assert torch.equal(written["again"], written["x_embedder.proj.bias"])
+    assert written.keys() == found.keys()
+
+
+def test_a_file_that_cannot_be_written_leaves_nothing(tmp_path):
+    with pytest.raises(Exception, match="meta"):
+        save_weights({"x": torch.empty(3, device="meta")}, tmp_path / "x.safetensors")
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o027])

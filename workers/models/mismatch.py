@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from workers.models.checkpoints import count_of, family_of, infer_config, noise_at_of
+from workers.models.checkpoints import HEADS, count_of, family_of, infer_config, noise_at_of
 from workers.models.ddt import DiTDHConfig
 from workers.models.family import ModelConfig, build
 from workers.models.sd3 import SD3Config
@@ -82,7 +82,16 @@ def _cure(weights: Mapping[str, Tensor], config: ModelConfig, section: str) -> s
         return f"the file is incomplete or was altered, by its other tensors it is {_A[family]} with these settings"
     mine = {key: value for key, value in vars(other).items() if value != vars(config)[key]}
     cure = "set " + ", ".join(f"{section}{key} to {_plain(value)}" for key, value in mine.items())
-    return f"{cure}, and alignment_weight to 0" if mine.get("projector_dims") == () else cure
+    if len(mine.get("projector_dims", (0,))) != 1:  # the alignment loss reads one projector
+        cure += ", and alignment_weight to 0"
+    untold = []
+    if isinstance(other, SiTConfig) and "hidden_size" in mine and not other.qk_norm and other.hidden_size not in HEADS:
+        untold.append(f"{section}num_heads {other.num_heads}")
+    if isinstance(other, SiTConfig) and noise_at_of({name: tuple(w.shape) for name, w in weights.items()}) is None:
+        untold.append(f"{section}noise_at {other.noise_at} ({'REPA' if other.noise_at else 'SiT'})")
+    if untold:
+        cure += f"; nothing in the file tells whether {' and '.join(untold)} is what it was trained with"
+    return cure
 
 
 def _nearest(weights: Mapping[str, Tensor], config: ModelConfig) -> ModelConfig:
@@ -94,8 +103,9 @@ def _nearest(weights: Mapping[str, Tensor], config: ModelConfig) -> ModelConfig:
         return infer_config(weights, **given, depth=config.depth)
     depth = count_of(weights, "blocks") if "projectors.0.0.weight" in weights else config.projector_depth
     given |= {"projector_depth": min(config.projector_depth, depth)}
-    if "blocks.0.attn.q_norm.weight" not in weights:
-        given |= {"num_heads": config.num_heads}
+    width = weights["x_embedder.proj.weight"].shape[0]
+    if "blocks.0.attn.q_norm.weight" not in weights:  # nothing tells the heads, but a published width has its own
+        given |= {"num_heads": config.num_heads if width == config.hidden_size else HEADS.get(width, config.num_heads)}
     told = noise_at_of({name: tuple(value.shape) for name, value in weights.items()})
     # Where nothing in a file tells which way its time runs, the model's own setting stays.
     noise_at = config.noise_at if told is None else told

@@ -82,6 +82,8 @@ class SD3Config:
         for name, value in vars(self).items():
             if isinstance(value, int) and value < 1 and name != "lora_rank":
                 raise ValueError(f"{name} must be at least 1, got {value}")
+        if self.num_layers > 1000:
+            raise ValueError(f"num_layers must be at most 1000, got {self.num_layers}; 38 is the largest published")
         if self.input_size % self.patch_size:
             raise ValueError(f"input_size must be a multiple of patch_size {self.patch_size}, got {self.input_size}")
         largest = self.patch_size * self.pos_embed_max_size
@@ -357,7 +359,14 @@ def _load_parts(index: Path) -> dict[str, Tensor]:
         raise ValueError(f"{index} must have a weight_map of tensors to files, got none; get the directory anew")
     weights: dict[str, Tensor] = {}
     for name in sorted(set(listed.values())):
-        weights.update(_load(index.parent / name))
+        part = _load(index.parent / name)
+        elsewhere = sorted(key for key in part if listed.get(key, name) != name)
+        if elsewhere:
+            raise ValueError(
+                f"{index} must list the tensors of its files, but {elsewhere[0]} is in {name} and listed in "
+                f"{listed[elsewhere[0]]}; get the directory anew"
+            )
+        weights.update(part)
     odd = sorted(listed.keys() ^ weights.keys())
     if odd:
         problem = "is in no file" if odd[0] in listed else "is not listed"
@@ -413,10 +422,21 @@ def load_lora(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def save_tensors(weights: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
     """Writes a safetensors file with the mode that the umask gives: the library's own is for its owner alone."""
-    path.touch()
-    mode = path.stat().st_mode
-    save_file({name: value.detach().cpu().contiguous() for name, value in weights.items()}, path, metadata)
-    path.chmod(mode)
+    plain, places = dict[str, Tensor](), set[int]()
+    for name, value in weights.items():
+        tensor = value.detach().cpu().contiguous()
+        # The library refuses two names for one tensor.
+        plain[name] = tensor.clone() if tensor.data_ptr() in places else tensor
+        places.add(tensor.data_ptr())
+    beside = path.with_name(f".{path.name}.part")
+    beside.touch()
+    mode = beside.stat().st_mode
+    try:
+        save_file(plain, beside, metadata)
+        beside.chmod(mode)
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def _load(path: Path) -> dict[str, Tensor]:
