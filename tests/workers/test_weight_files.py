@@ -222,7 +222,8 @@ UNTOLD = "; nothing in the file tells whether {} is what it was trained with"
         (
             {"projector_dims": (6, 7), "projector_depth": 1, "noise_at": 1},
             "projectors.0.0.bias is not part of it (12 in all)",
-            "model.noise_at to 1, model.projector_dims to [6, 7], model.projector_depth to 1, and alignment_weight to 0",
+            "model.noise_at to 1, model.projector_dims to [6, 7], model.projector_depth to 1, "
+            "and alignment_weight to 0",
         ),
     ],
 )
