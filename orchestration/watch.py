@@ -51,10 +51,8 @@ def watching(reporter: Any, cluster: Cluster, say: Callable[[str], None]) -> Ite
                 reporter.stop.remote()
             pulses = _pulses(reporter)
             silence = 0.0 if pulses or pulses is None else silence + LOOK_EVERY_S
-            if silence == PATIENCE_S and room_for(cluster) < cluster.least_workers:
-                say(
-                    f"warning: waiting for {cluster.least_workers} workers; the nodes have room for {room_for(cluster)}"
-                )
+            if silence == PATIENCE_S and (room := room_for(cluster)) < cluster.least_workers:
+                say(f"warning: waiting for {cluster.least_workers} workers; the cluster has room for {room}")
             for pulse in pulses or []:
                 if pulse.silent_s > cluster.hang_timeout_s:
                     _end(pulse, say)

@@ -14,7 +14,15 @@ from orchestration.launch import Pulse, Reporter, in_thread
 from orchestration.sections import Cluster
 from orchestration.watch import STOPPING, end_process, watching
 
-HANGING = "import time\ndef the_place_where_it_hangs():\n    print('here', flush=True)\n    time.sleep(600)\nthe_place_where_it_hangs()"
+HANGING = """
+import time
+
+def the_place_where_it_hangs():
+    print("here", flush=True)
+    time.sleep(600)
+
+the_place_where_it_hangs()
+"""
 
 
 @pytest.fixture
@@ -89,8 +97,7 @@ def test_a_signal_to_the_driver_stops_all_groups_and_a_second_ends_at_once(repor
         until(lambda: reporter.is_ending())
         assert all(reporter.alive(pulse(0, group)) for group in ("one", "two"))
         with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), number)
-            time.sleep(5)
+            signal.raise_signal(number)
     assert said == [STOPPING]
     assert signal.getsignal(number) is before
 
