@@ -84,9 +84,13 @@ def _stdout_kept_for_json() -> Iterator[None]:
 
 def _fail(where: str, error: Exception) -> int:
     from orchestration.launch import RunFailedError
+    from workers.io import StoppedError
     from workers.manifest import CorruptError
 
     text = " ".join(str(error).split()) or type(error).__name__
+    if isinstance(error, StoppedError):
+        print(f"{text}; the same command goes on from there", file=sys.stderr)
+        return FAILED
     print(f"error: {text}" if text.startswith(f"{where}:") else f"error: {where}: {text}", file=sys.stderr)
     wrong_input = isinstance(error, ValueError | CorruptError) and not isinstance(error, RunFailedError)
     return WRONG_INPUT if wrong_input else FAILED

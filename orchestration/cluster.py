@@ -92,10 +92,10 @@ def check_local_machine(cluster: Cluster) -> None:
     there = {"CPU": len(os.sched_getaffinity(0)), "GPU": torch.cuda.device_count()}
     wanted = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
     for kind, each in wanted.items():
-        if each * cluster.num_workers > there[kind]:
+        if each * cluster.least_workers > there[kind]:
             raise ValueError(
-                f"cluster.num_workers must fit this machine: {cluster.num_workers} workers ask for "
-                f"{each * cluster.num_workers:g} {kind}s, {there[kind]} are here; lower it, or set RAY_ADDRESS"
+                f"cluster.num_workers must fit this machine: {cluster.least_workers} workers ask for "
+                f"{each * cluster.least_workers:g} {kind}s, {there[kind]} are here; lower it, or set RAY_ADDRESS"
             )
 
 
@@ -105,21 +105,22 @@ def check_resources(cluster: Cluster) -> None:
     Raises:
         ValueError: too few CPUs or GPUs in the cluster.
     """
-    room = _room(cluster)
-    if room < cluster.num_workers:
+    room = room_for(cluster)
+    if room < cluster.least_workers:
         raise ValueError(
             f"cluster.num_workers must fit the cluster, whose nodes have room for {room} workers of "
-            f"{cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker} GPUs, got {cluster.num_workers}; lower it"
+            f"{cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker} GPUs, got "
+            f"{cluster.least_workers}; lower it"
         )
 
 
 def groups_that_fit(cluster: Cluster) -> int:
     """How many groups of workers such as an experiment's the cluster holds at once."""
-    return _room(cluster) // cluster.num_workers
+    return room_for(cluster) // cluster.most_workers or 1
 
 
-def _room(cluster: Cluster) -> int:
-    """Workers that the cluster's nodes have room for."""
+def room_for(cluster: Cluster) -> int:
+    """Workers that the cluster's living nodes have room for."""
     import ray
 
     wanted = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}

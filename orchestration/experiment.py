@@ -81,15 +81,17 @@ class Experiment(Frozen):
         if self.weighting != "none" and self.prediction not in ("noise", "score"):
             raise ValueError(f"weighting must be none for {self.prediction} prediction, got {self.weighting}")
         for where, training in (("training", self.training), ("base.train", self.base.train)):
-            if training and self.cluster.num_workers > training.num_shards:
+            if training and self.cluster.most_workers > training.num_shards:
                 raise ValueError(
                     f"cluster.num_workers must be at most {where}.num_shards {training.num_shards}, "
-                    f"got {self.cluster.num_workers}; raise num_shards"
+                    f"got {self.cluster.most_workers}; raise num_shards"
                 )
-            if training and training.sharded and training.num_shards % self.cluster.num_workers:
+            counts = range(self.cluster.least_workers, self.cluster.most_workers + 1)
+            uneven = [n for n in counts if training and training.num_shards % n]
+            if training and training.sharded and uneven:
                 raise ValueError(
                     f"cluster.num_workers must divide {where}.num_shards {training.num_shards} where training is "
-                    f"sharded, got {self.cluster.num_workers}"
+                    f"sharded, got {uneven[0]}"
                 )
         for extractor in self.evaluation.extractors:
             if extractor.kind == "clip" and not is_captioned(self.model):

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import tempfile
+import threading
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestration.cluster import NAMESPACE
-from orchestration.experiment import Experiment
 from orchestration.storage import open_storage
 from orchestration.tracking import Metric, Tracker
 from orchestration.workflow import Stage, Workspace
+from workers.io import StoppedError
 
+T = TypeVar("T")
+GROW_EVERY_S = 30.0  # how often an elastic group looks for new nodes
 TRACKED_KINDS = ("base", "arms", "trials")
 
 
@@ -32,10 +36,33 @@ class ControllerDiedError(RunFailedError):
     """Ray Train's controller died. What it held stays taken until the driver leaves the cluster."""
 
 
+@dataclass
+class Pulse:
+    """A worker's process, and when it last gave a sign of life.
+
+    Attributes:
+        group: name of its worker group's launch.
+        rank: in its group.
+        node: Ray's id of its node.
+        address: of its node, for people.
+        pid: of its process, of which there is one with this `born`.
+        born: when the process was started, in seconds since the epoch.
+        silent_s: seconds since its last sign of life.
+    """
+
+    group: str
+    rank: int
+    node: str
+    address: str
+    pid: int
+    born: float
+    silent_s: float = 0.0
+
+
 class Reporter:
     """The one process that speaks to MLflow, and that knows how far the workers are; a Ray actor.
 
-    Workers call `tell` without waiting for it; the driver asks for `progress`.
+    Workers call `tell` without waiting for it, and `alive` all the time; the driver asks for `progress` and `pulses`.
     """
 
     def __init__(self, workspace: str, tracking_uri: str, experiment: str, home: str) -> None:
@@ -45,6 +72,33 @@ class Reporter:
         self.starts = 0
         self.refusals: dict[str, str] = {}
         self.warnings: list[str] = []
+        self.ending = False
+        self.stopping: set[str] = set()
+        self.heard: dict[tuple[str, int], tuple[Pulse, float]] = {}
+
+    def alive(self, pulse: Pulse) -> bool:
+        """A sign of life of a worker; returns whether its group is to stop."""
+        self.heard[pulse.group, pulse.rank] = pulse, time.monotonic()
+        return self.ending or pulse.group in self.stopping
+
+    def gone(self, group: str, rank: int | None = None) -> None:
+        """A worker, or a whole group, that nothing more is to be expected from."""
+        for key in [key for key in self.heard if key[0] == group and rank in (None, key[1])]:
+            del self.heard[key]
+
+    def pulses(self) -> list[Pulse]:
+        """All workers, with how long each has been silent."""
+        now = time.monotonic()
+        return [replace(pulse, silent_s=now - at) for pulse, at in self.heard.values()]
+
+    def stop(self, group: str = "") -> None:
+        """Asks the workers of a group to stop, or with "" all workers for good, since the driver is to end."""
+        self.ending = self.ending or not group
+        self.stopping.add(group)
+
+    def is_ending(self) -> bool:
+        """Whether the driver is to end."""
+        return self.ending
 
     def warn(self, text: str) -> None:
         """A warning of a worker, for the user to see: once, since every worker may say it."""
@@ -135,7 +189,8 @@ def launch(
 ) -> None:
     """Runs stages on a group of Ray Train workers.
 
-    Ray restarts the group when a worker or a node dies, and each restart goes on where the workspace stands.
+    Ray restarts the group when a worker or a node dies, and each restart goes on where the workspace stands. A group
+    whose workers were asked to stop, because their node goes away, is started again too, and is no failure.
 
     Args:
         workspace: of the experiment.
@@ -148,10 +203,34 @@ def launch(
         ControllerDiedError: Ray Train's controller died, and with it the run.
         DivergedError: the loss, or what was measured, was not finite.
         RunFailedError: an input was wrong, or the restarts were used up.
+        StoppedError: the driver is to end, and the workers have stopped.
     """
     import ray
+
+    reporter = ray.get_actor(reporter_name, NAMESPACE)
+    while True:
+        answer = _fit(workspace, stages, reporter_name, max_failures, callbacks)
+        if "error" in answer:
+            raise DivergedError(answer["error"])
+        if "wrong_input" in answer:
+            raise RunFailedError(answer["wrong_input"])
+        if "stopped" not in answer:
+            return
+        ending: Any = ray.get(reporter.is_ending.remote())
+        if ending:
+            raise StoppedError(answer["stopped"])
+        reporter.warn.remote(f"a worker was asked to end, all {answer['stopped']}; starting again from there")
+
+
+def _fit(
+    workspace: Workspace, stages: list[Stage], reporter_name: str, max_failures: int, callbacks: Sequence[Any]
+) -> dict[str, Any]:
+    """One worker group with its restarts; what rank 0's `worker_entry` returned."""
+    import ray
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
+
+    from orchestration.worker import GroupConfig, worker_entry
 
     cluster = workspace.experiment.cluster
     config: dict[str, Any] = {
@@ -167,11 +246,12 @@ def launch(
     trainer = TorchTrainer(
         worker_entry,  # type: ignore[arg-type]  # its annotation forbids the return value that Result carries
         train_loop_config=config,
-        torch_config=TorchConfig(backend="nccl" if gpu else "gloo"),
+        torch_config=GroupConfig(backend="nccl" if gpu else "gloo"),
         scaling_config=ray.train.ScalingConfig(
             num_workers=cluster.num_workers,
             use_gpu=gpu,
             resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
+            elastic_resize_monitor_interval_s=GROW_EVERY_S,
         ),
         run_config=ray.train.RunConfig(
             name=config["name"],
@@ -180,79 +260,32 @@ def launch(
             callbacks=list(callbacks),
         ),
     )
+    reporter = ray.get_actor(reporter_name, NAMESPACE)
     try:
-        result: Any = trainer.fit()
+        result: Any = in_thread(trainer.fit)
     except ray.exceptions.ActorDiedError as error:
         raise ControllerDiedError("Ray Train's controller died; see the cluster's logs") from error
     except ray.train.TrainingFailedError as error:
+        if ray.get(reporter.is_ending.remote()):  # some workers stopped while others waited for them
+            return {"stopped": "stopped; what was finished is kept"}
         raise RunFailedError(cause_of(error)) from error
-    answer = result.return_value or {}
-    if "error" in answer:
-        raise DivergedError(answer["error"])
-    if "wrong_input" in answer:
-        raise RunFailedError(answer["wrong_input"])
+    finally:
+        reporter.gone.remote(config["name"])
+    return result.return_value or {}
 
 
-def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
-    """What Ray Train starts on each worker: the thin layer between Ray and the stages."""
-    import ray
-    import ray.train
-    import ray.train.torch
-    import torch
+def in_thread(work: Callable[[], T]) -> T:
+    """What `work` returns or raises, from a thread of its own: Ray Train then leaves this process's signals alone."""
+    answer: Future[T] = Future()
 
-    from orchestration.site import Site
-    from orchestration.stages import run_stages
-    from workers.train import NonFiniteLossError
+    def run() -> None:
+        try:
+            answer.set_result(work())
+        except BaseException as error:
+            answer.set_exception(error)
 
-    experiment = Experiment.model_validate_json(config["experiment"])
-    torch.set_num_threads(max(1, int(experiment.cluster.cpus_per_worker)))
-    context = ray.train.get_context()
-    reporter = ray.get_actor(config["reporter"], NAMESPACE)
-    why: Any = ray.get(reporter.refused.remote(config["name"]))
-    if why:
-        return {"wrong_input": why}
-
-    def tell(stage: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
-        reporter.tell.remote(stage, done, total, metrics, int(time.time() * 1000))
-
-    def rung(step: int, value: float) -> None:
-        ray.train.report({"step": step, "objective": value})
-
-    workspace = Workspace(experiment, open_storage(config["workspace"]), config["trial"])
-    site = Site(
-        workspace=workspace,
-        rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
-        device=ray.train.torch.get_device() if experiment.cluster.gpus_per_worker else torch.device("cpu"),
-        cache=cache_directory(),
-        tell=tell,
-        rung=rung,
-    )
-    if site.rank == 0 and not config["trial"]:  # each trial has a group of its own
-        reporter.started.remote()
-    for package in ("workers", "orchestration"):
-        logging.getLogger(package).addHandler(_Forward(reporter))
-    try:
-        run_stages(site, [workspace.stages[name] for name in config["stages"]])
-    except NonFiniteLossError as error:
-        # Raised on all ranks together, and again on every restart: returned, so that Ray makes none.
-        return {"error": str(error)}
-    except ValueError as error:
-        # Of one rank alone, while others wait for it: Ray has to end them, and the next start ends the run.
-        ray.get(reporter.refuse.remote(config["name"], " ".join(str(error).split())))
-        raise
-    return {}
-
-
-class _Forward(logging.Handler):
-    """Hands a worker's warnings (a checkpoint set aside, for instance) to the Reporter, since nobody reads its log."""
-
-    def __init__(self, reporter: Any) -> None:
-        super().__init__(logging.WARNING)
-        self.reporter = reporter
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.reporter.warn.remote(" ".join(record.getMessage().split()))
+    threading.Thread(target=run, daemon=True, name="fit").start()  # a second signal need not wait for it
+    return answer.result()
 
 
 def cache_directory() -> Path:

@@ -68,13 +68,13 @@ def make_plan(experiment: Experiment, place: Place) -> dict[str, Any]:
 def costs(experiment: Experiment) -> dict[str, Any]:
     """What the model costs, whatever is done already and whether its files are there or not."""
     cost, training = _cost(experiment), experiment.training
-    shards = -(-training.num_shards // experiment.cluster.num_workers)
+    shards = -(-training.num_shards // experiment.cluster.least_workers)
     images = training.global_batch_size // training.num_shards * min(training.shards_per_pass or shards, shards)
     memory = {
         f"{'fsdp2' if sharded else 'ddp'}{', activations computed again' if again else ''}": cost.memory_bytes(
             training.model_copy(update={"sharded": sharded, "activation_checkpointing": again}),
             images,
-            experiment.cluster.num_workers,
+            experiment.cluster.least_workers,
         )
         / GIB
         for sharded in (False, True)
@@ -87,7 +87,7 @@ def costs(experiment: Experiment) -> dict[str, Any]:
         "forward_gflops_per_image": cost.forward_flops / 1e9,
         "training_gflops_per_image": cost.training_flops / 1e9,
         "images_per_pass": images,
-        "memory_gib_per_worker": cost.memory_bytes(training, images, experiment.cluster.num_workers) / GIB,
+        "memory_gib_per_worker": cost.memory_bytes(training, images, experiment.cluster.least_workers) / GIB,
         "memory_gib_by_mode": memory,
         "precision": training.precision,
         "arm_flops": float(cost.training_flops * training.steps * training.global_batch_size),

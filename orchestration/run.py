@@ -22,8 +22,10 @@ from orchestration.progress import Progress
 from orchestration.recording import Recorder
 from orchestration.report import text_table, write_report
 from orchestration.storage import Storage, open_storage, s3_environment
+from orchestration.watch import watching
 from orchestration.workflow import Stage, Workspace, code_version, needed_for
 from workers import data as images
+from workers.io import StoppedError
 
 
 @dataclass
@@ -77,6 +79,7 @@ def run_experiment(
     Raises:
         ValueError, CorruptError: wrong input, before any worker is started.
         RunFailedError: the run itself failed.
+        StoppedError: this process was asked to end, and the workers have stopped.
     """
     workspace = Workspace(experiment, place.storage)
     record = f"{workspace.home}/experiment.json"
@@ -109,7 +112,7 @@ def run_experiment(
             try:
                 recorder.start()
                 if pending:
-                    with progress.following(recorder.progress):
+                    with progress.following(recorder.progress), watching(reporter, experiment.cluster, progress.say):
                         launch(workspace, pending, name, restarts)
                 outcome = _finish(workspace, stages, states, recorder, progress)
                 break
@@ -119,8 +122,11 @@ def run_experiment(
                 restarts -= 1
                 progress.say(f"warning: {error}; starting again, going on from there")
                 _leave_cluster()
-            except BaseException as error:
-                recorder.end_badly("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            except (KeyboardInterrupt, StoppedError):
+                recorder.end_badly("KILLED")
+                raise
+            except BaseException:
+                recorder.end_badly("FAILED")
                 raise
         outcome["tracking"] = delivered(recorder, place, progress)
         return outcome
@@ -162,7 +168,7 @@ def _encode(workspace: Workspace, cleanup: ExitStack, progress: Progress) -> Non
         workspace.path("data"),
         experiment.data.images,
         experiment.codec,
-        num_workers=asked.num_workers,
+        num_workers=min(asked.most_workers, cluster.room_for(asked)),
         cpus_per_worker=asked.cpus_per_worker,
         gpus_per_worker=asked.gpus_per_worker,
         tell=tell,

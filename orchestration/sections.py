@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
@@ -278,17 +278,42 @@ class Sweep(Frozen):
         return self.num_trials or (grid_size(self.laws) if self.resolved_search == "grid" else 8)
 
 
+Positive = Annotated[int, Field(ge=1)]
+
+
 class Cluster(Frozen):
     """What a run asks of Ray.
 
     Attributes:
-        num_workers: workers of one group, which serves all arms and seeds in turn; at most training.num_shards.
+        num_workers: workers of one group, which serves all arms and seeds in turn; at most training.num_shards. As
+            `[least, most]` the group is elastic: it goes on with fewer where a node is lost and grows where one comes.
         cpus_per_worker: CPUs of a worker, and its torch threads.
         gpus_per_worker: 1 to compute on GPUs, 0 on CPUs.
         max_failures: restarts of the worker group before the run fails.
+        hang_timeout_s: seconds without a sign of life after which a worker is taken for hung: its stack is logged, it
+            is killed, and the group starts again. A worker that computes gives such signs whatever it computes.
     """
 
-    num_workers: int = Field(default=1, ge=1)
+    num_workers: Positive | tuple[Positive, Positive] = 1
     cpus_per_worker: float = Field(default=1.0, gt=0)
     gpus_per_worker: Literal[0, 1] = 0
     max_failures: int = Field(default=2, ge=0)
+    hang_timeout_s: float = Field(default=300.0, ge=5)
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.least_workers > self.most_workers:
+            raise ValueError(
+                f"num_workers must be [least, most], got [{self.least_workers}, {self.most_workers}]; turn them round"
+            )
+        return self
+
+    @property
+    def least_workers(self) -> int:
+        """Workers without which a group does not start."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def most_workers(self) -> int:
+        """Workers of a group that has all it asks for."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]

@@ -34,6 +34,7 @@ class Site:
         cache: local directory for fetched artifacts and memory maps, shared by the workers of a machine.
         tell: tell(stage, done, total, metrics) hands progress and metrics over without waiting (rank 0).
         rung: rung(step, value) reports a trial's objective to whoever schedules the trials, on all ranks together.
+        stopping: whether this worker was asked to stop.
     """
 
     workspace: Workspace
@@ -43,6 +44,7 @@ class Site:
     cache: Path
     tell: Tell
     rung: Callable[[int, float], None] = _nobody
+    stopping: Callable[[], bool] = lambda: False
 
     @property
     def storage(self) -> Storage:

@@ -27,7 +27,7 @@ from workers.checkpoint import CheckpointStore
 from workers.codecs import open_codec
 from workers.config import RunConfig
 from workers.data import realised_times, to_pixels
-from workers.io import LocalIO
+from workers.io import LocalIO, StoppedError
 from workers.models.family import Network, build
 from workers.models.sd3 import SD3
 from workers.sample import SampleSet, grid_png, sample_batch, write_part
@@ -66,7 +66,9 @@ def _begin(site: Site, stage: Stage, lease: ExitStack) -> Inputs | None:
     """
     told = False
     while True:
-        answer = site.agree(_try_to_begin(site.workspace, stage, lease) if site.rank == 0 else None)
+        answer = site.agree(_try_to_begin(site, stage, lease) if site.rank == 0 else None)
+        if isinstance(answer, StoppedError):
+            raise answer
         if not isinstance(answer, HeldError):
             return answer
         if site.rank == 0 and not told:
@@ -75,9 +77,12 @@ def _begin(site: Site, stage: Stage, lease: ExitStack) -> Inputs | None:
         time.sleep(WAIT_S)  # here and not in one long collective, which would run into the group's time limit
 
 
-def _try_to_begin(workspace: Workspace, stage: Stage, lease: ExitStack) -> Inputs | HeldError | None:
+def _try_to_begin(site: Site, stage: Stage, lease: ExitStack) -> Inputs | HeldError | StoppedError | None:
+    workspace = site.workspace
     if _inputs(workspace, stage) is None:
         return None
+    if site.stopping():
+        return StoppedError(f"stopped before {stage.name}")
     try:
         lease.enter_context(workspace.lease(stage.name))
     except HeldError as error:
@@ -108,7 +113,7 @@ def _train(site: Site, stage: Stage, inputs: Inputs, directory: Path, judge: Obj
     def report(step: int, metrics: Mapping[str, float]) -> None:
         site.tell(stage.name, step, run.training.steps, metrics)
 
-    io = LocalIO(store, report, rank=site.rank, world_size=site.world_size)
+    io = LocalIO(store, report, rank=site.rank, world_size=site.world_size, stopping=site.stopping)
     state = post_train(run, data["train"], data["held_out"], io, initial=initial, device=site.device, judge=judge)
     if site.rank == 0:
         save_file(
@@ -171,6 +176,8 @@ def _samples(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[
     ]
     mine: dict[str, Any] = {}
     for place in site.share(len(work)):
+        if site.stopping():
+            raise StoppedError(f"stopped in {stage.name}, whose finished parts are kept")
         cell, what, number, batches = work[place]
         name = part_name(cell, number)
         record, why_again = parts.finished(name, digest)

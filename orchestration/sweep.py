@@ -31,7 +31,9 @@ from orchestration.space import suggest
 from orchestration.storage import open_storage
 from orchestration.sweep_report import SweepRecorder, SweepWorkspace, budget, conclude, history_of
 from orchestration.trials import CONTROLS, MATCHED, check_space, label_of, sweep_of, trial_experiment
+from orchestration.watch import watching
 from orchestration.workflow import Stage, Workspace, trial_stage
+from workers.io import StoppedError
 
 RECORD = "experiment.json"
 # A trial's driver must take no CPU: on a small machine its own workers would wait for it for ever. Tune refuses an
@@ -42,6 +44,7 @@ ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # MLflow and the ledger have it all
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "3600",  # of Tune's own state, which nobody reads
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours lets the workers finish their step
     # A trial that is stopped waits for its training, which waits for somebody to hear its report: end it, and with it
     # its workers, whose CPUs the next trial needs. By default that takes ten minutes.
     "TUNE_FORCE_TRIAL_CLEANUP_S": "1",
@@ -55,6 +58,7 @@ def run_sweep(experiment: Experiment, place: Place, *, resume: bool = False) -> 
     Raises:
         ValueError, CorruptError: wrong input, before any worker is started.
         RunFailedError: the base, or whatever else the trials share, failed. A trial that fails is an entry.
+        StoppedError: this process was asked to end, and the trials have stopped.
     """
     experiment = experiment.model_copy(update={"sweep": sweep_of(experiment)})
     reached = check_space(experiment)
@@ -83,10 +87,15 @@ def run_sweep(experiment: Experiment, place: Place, *, resume: bool = False) -> 
         recorder.start()
         try:
             if is_open:
-                with progress.following(recorder.progress):
+                with progress.following(recorder.progress), watching(reporter, experiment.cluster, progress.say):
                     _tune(workspace, ledger, recorder, name, max(e.training.steps for e in reached))
-        except BaseException as error:
-            recorder.end_badly("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+                if recorder.tell("is_ending"):
+                    raise StoppedError("stopped, with the state of every trial kept")
+        except (KeyboardInterrupt, StoppedError):
+            recorder.end_badly("KILLED")
+            raise
+        except BaseException:
+            recorder.end_badly("FAILED")
             raise
         answer = conclude(workspace, ledger, recorder)
         return {**answer, "budget": spent, "tracking": delivered(recorder, place, progress)}
@@ -160,6 +169,9 @@ def _run_trial(context: Mapping[str, str], label: str) -> None:
             launch(workspace, [stage], context["reporter"], experiment.cluster.max_failures, callbacks)
     except ControllerDiedError:
         raise  # Tune starts the trial again
+    except StoppedError:
+        tune.report({"step": 0, "objective": math.nan, "stopped": True, "last": True})
+        return
     except RunFailedError as error:
         diverged = isinstance(error, DivergedError)
         tune.report({"step": 0, "objective": math.nan, "reason": str(error), "diverged": diverged, "last": True})
@@ -184,7 +196,7 @@ class _Trials(Searcher):
 
     def suggest(self, trial_id: str) -> Any:
         """A trial's label, or that there are no more."""
-        entry = self._next()
+        entry = None if self.recorder.tell("is_ending") else self._next()
         if entry is None:
             return Searcher.FINISHED
         self.ledger.close(entry, "running")
@@ -216,12 +228,14 @@ class _Accounts(tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
         """A rung, or the end."""
-        if "reason" not in result:
+        if "reason" not in result and "stopped" not in result:
             self._entry(trial).saw(int(result["step"]), float(result["objective"]))
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
         """Finished, stopped by the scheduler, or failed as its own driver says."""
         entry, last = self._entry(trial), trial.last_result or {}
+        if "stopped" in last:
+            return  # it stays open
         if "reason" in last:
             self.ledger.close(entry, "failed", last["reason"], diverged=last["diverged"])
         else:

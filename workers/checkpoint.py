@@ -31,6 +31,7 @@ class TrainState:
         ema: averaged parameters by state-dict name, complete: the weights that are evaluated.
         optimizer: AdamW's `exp_avg/<name>` and `exp_avg_sq/<name>`.
         history: metric rows, {"step": ..., key: value}, in order.
+        loss_sum: of the losses since the last row of the history, for the mean that the next row holds.
     """
 
     step: int
@@ -38,6 +39,7 @@ class TrainState:
     ema: dict[str, Tensor]
     optimizer: dict[str, Tensor]
     history: list[dict[str, float]]
+    loss_sum: float = 0.0
 
     def write(self, directory: Path, about: Mapping[str, Any]) -> None:
         """Writes the files of a checkpoint (no manifest); `about` (plain JSON) makes it self-describing."""
@@ -46,14 +48,17 @@ class TrainState:
             save_file(getattr(self, name), directory / f"{name}.safetensors")
         rows = "".join(json.dumps(row) + "\n" for row in self.history)
         (directory / "history.jsonl").write_text(rows)
-        (directory / "run.json").write_text(json.dumps({**about, "step": self.step}, indent=1, sort_keys=True))
+        (directory / "run.json").write_text(
+            json.dumps({**about, "step": self.step, "loss_sum": self.loss_sum}, indent=1, sort_keys=True)
+        )
 
     @classmethod
     def read(cls, directory: Path) -> TrainState:
         """Reads what `write` wrote; the caller has verified the manifest."""
         history = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
         model, ema, optimizer = (load_file(directory / f"{name}.safetensors") for name in ("model", "ema", "optimizer"))
-        return cls(json.loads((directory / "run.json").read_text())["step"], model, ema, optimizer, history)
+        about = json.loads((directory / "run.json").read_text())
+        return cls(about["step"], model, ema, optimizer, history, about.get("loss_sum", 0.0))
 
     def snapshot(self) -> TrainState:
         """A copy in CPU memory that later updates do not touch."""
@@ -61,7 +66,9 @@ class TrainState:
         def copy(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
             return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in part.items()}
 
-        return TrainState(self.step, copy(self.model), copy(self.ema), copy(self.optimizer), list(self.history))
+        return TrainState(
+            self.step, copy(self.model), copy(self.ema), copy(self.optimizer), list(self.history), self.loss_sum
+        )
 
 
 class Files(Protocol):
@@ -135,12 +142,12 @@ class CheckpointStore:
                     self._set_aside(path, str(error))
         return None
 
-    def save(self, state: TrainState, score: float) -> None:
+    def save(self, state: TrainState, score: float | None) -> None:
         """Writes a snapshot in the background; blocks only while an earlier one is still being written.
 
         Args:
             state: copied before this returns.
-            score: held-out loss; the checkpoint with the lowest is kept.
+            score: held-out loss; the checkpoint with the lowest is kept. None where it was not measured.
         """
         self.wait()
         copy = state.snapshot()
@@ -156,7 +163,7 @@ class CheckpointStore:
             error, self._error = self._error, None
             raise error
 
-    def _write(self, state: TrainState, score: float) -> None:
+    def _write(self, state: TrainState, score: float | None) -> None:
         scratch = Path(tempfile.mkdtemp(prefix=self._scratch))
         try:
             state.write(scratch, self.about)
@@ -172,7 +179,8 @@ class CheckpointStore:
     def _retain(self) -> None:
         found = [(name, self.files.manifest(f"{self.path}/{name}")) for name in self.names()]
         complete = {name: manifest.meta["score"] for name, manifest in found if manifest}
-        best = min(complete, key=lambda name: complete[name], default=None)
+        scored = {name: score for name, score in complete.items() if score is not None}
+        best = min(scored, key=lambda name: scored[name], default=None)
         for name in list(complete)[: -self.keep]:
             if name != best:
                 self.files.delete(f"{self.path}/{name}")

@@ -12,6 +12,10 @@ from workers.checkpoint import CheckpointStore, TrainState
 Report = Callable[[int, Mapping[str, float]], None]
 
 
+class StoppedError(Exception):
+    """A worker was asked to stop, and what was done is kept: the same run goes on from there. It says where."""
+
+
 class RunIO(Protocol):
     """Where a run comes from and goes to. Only rank 0's restore, save and report are called."""
 
@@ -21,14 +25,17 @@ class RunIO(Protocol):
     def restore(self) -> TrainState | None:
         """The newest valid checkpoint, None to start."""
 
-    def save(self, state: TrainState, score: float) -> None:
-        """Keeps a copy of the state; returns before it is written."""
+    def save(self, state: TrainState, score: float | None) -> None:
+        """Keeps a copy of the state; returns before it is written. The score is None where nothing was measured."""
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Hands metrics over without waiting."""
 
     def wait(self) -> None:
         """Waits until what was saved is kept."""
+
+    def stopping(self) -> bool:
+        """Whether this worker was asked to stop; asked once a step, so that it also tells that the loop lives."""
 
     @property
     def last_checkpoint(self) -> str:
@@ -48,15 +55,23 @@ class Judge(Protocol):
 class LocalIO:
     """RunIO over a checkpoint store: all of it on a laptop, and rank 0's part on a cluster."""
 
-    def __init__(self, store: CheckpointStore, report: Report, *, rank: int = 0, world_size: int = 1) -> None:
-        self.store, self.report = store, report
+    def __init__(
+        self,
+        store: CheckpointStore,
+        report: Report,
+        *,
+        rank: int = 0,
+        world_size: int = 1,
+        stopping: Callable[[], bool] = lambda: False,
+    ) -> None:
+        self.store, self.report, self.stopping = store, report, stopping
         self.rank, self.world_size = rank, world_size
 
     def restore(self) -> TrainState | None:
         """See RunIO."""
         return self.store.restore()
 
-    def save(self, state: TrainState, score: float) -> None:
+    def save(self, state: TrainState, score: float | None) -> None:
         """See RunIO."""
         self.store.save(state, score)
 

@@ -73,10 +73,11 @@ class Trained:
         self.optimizer = _optimizer(run, self.parameters)
         self.ema = EMA(self.parameters, run.training.ema_decay)
 
-    def restore(self) -> tuple[int, list[dict[str, float]]]:
-        """Takes up the newest checkpoint; returns its step and history, (0, []) if there is none."""
+    def restore(self) -> tuple[int, list[dict[str, float]], float]:
+        """Takes up the newest checkpoint; returns its step, history and sum of losses, (0, [], 0) if there is none."""
         state = self.io.restore() if self.io.rank == 0 else None
-        step, history = from_rank_0(self.io, (state.step, state.history) if state else (0, []))
+        found = (state.step, state.history, state.loss_sum) if state else (0, [], 0.0)
+        step, history, loss_sum = from_rank_0(self.io, found)
         if step:
             self._fill(self._saved(), state.model if state else {})
             self._fill(self.ema.shadow, state.ema if state else {})
@@ -85,13 +86,15 @@ class Trained:
                 self._fill(moments, state.optimizer if state else {})
             for parameter in self.parameters.values():
                 self.optimizer.state[parameter]["step"].fill_(step)
-        return step, history
+        return step, history, loss_sum
 
-    def state(self, step: int, history: list[dict[str, float]]) -> TrainState:
+    def state(self, step: int, history: list[dict[str, float]], loss_sum: float = 0.0) -> TrainState:
         """The whole state; of shards, which all ranks must ask for together, the tensors are rank 0's alone."""
         weights = self._whole(self._saved())
         moments = {f"{key}/{name}": self._moment(name, key) for name in self.parameters for key in MOMENTS}
-        return TrainState(step, weights, {**weights, **self._whole(self.ema.shadow)}, self._whole(moments), history)
+        return TrainState(
+            step, weights, {**weights, **self._whole(self.ema.shadow)}, self._whole(moments), history, loss_sum
+        )
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:

@@ -22,7 +22,7 @@ from mixflow_core.rng import generator
 from workers.checkpoint import TrainState
 from workers.config import RunConfig
 from workers.data import Batch, ImageSet, join, shard_batch
-from workers.io import Judge, RunIO
+from workers.io import Judge, RunIO, StoppedError
 from workers.models.sd3 import SD3
 from workers.state import Trained, Weights, whole
 
@@ -78,6 +78,7 @@ def post_train(
 
     Raises:
         NonFiniteLossError: on every rank.
+        StoppedError: on every rank, after the step during which one of them was asked to stop.
     """
     training, interpolant = run.training, Interpolant(run.path)
     _set_precision(training.precision)
@@ -85,7 +86,7 @@ def post_train(
     model, parameters, optimizer = trained.model, trained.parameters, trained.optimizer
     if data.captions and isinstance(model, SD3):
         model.set_captions(data.captions.text, data.captions.pooled)
-    step, history = trained.restore()
+    step, history, loss_sum = trained.restore()
     if judge:
         judge.restored(history)
 
@@ -94,15 +95,17 @@ def post_train(
     if step < training.steps:
         gradients.warm_up(_passes(run, data, step, shards, device), interpolant)
 
-    window_loss, window_start = torch.zeros((), dtype=torch.float64, device=device), time.perf_counter()
+    window_loss = torch.full((), loss_sum, dtype=torch.float64, device=device)
+    window_first, window_start = step, time.perf_counter()
     for batches in _prefetch(lambda k: _passes(run, data, k, shards, device), step, training.steps):
-        loss = gradients.compute(batches, interpolant, step / training.steps)
+        loss, stopping = gradients.compute(batches, interpolant, step / training.steps, io.stopping())
         norm = nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None], foreach=True)
         if training.grad_clip:
             nn.utils.clip_grads_with_norm_(parameters.values(), training.grad_clip, norm, foreach=True)
-        # The reduced loss and the norm of the reduced gradient are the same on all ranks, so all of them stop here.
+        # The reduced numbers and the norm of the reduced gradient are the same on all ranks: all of them stop together.
         norm = whole(norm)
-        if not torch.isfinite(loss + norm).item():
+        finite, stop = torch.stack([torch.isfinite(loss + norm), stopping > 0]).tolist()
+        if not finite:
             if io.rank == 0:
                 io.wait()  # the error names the checkpoint that is still being written
             raise NonFiniteLossError(step, _ranks_not_finite(io, gradients.local_loss), io.last_checkpoint)
@@ -117,11 +120,11 @@ def post_train(
             row = {"train/loss": window_loss.item() / steps_done, "train/grad_norm": norm.item()}
             history.append({"step": step, **row})
             elapsed = time.perf_counter() - window_start
-            speed = {"time/images_per_s": steps_done * training.global_batch_size / elapsed}
+            speed = {"time/images_per_s": (step - window_first) * training.global_batch_size / elapsed}
             if io.rank == 0:
                 io.report(step, {**row, **speed})  # the speed is not part of the history, which must repeat exactly
             window_loss.zero_()
-            window_start = time.perf_counter()
+            window_first, window_start = step, time.perf_counter()
         if step % training.checkpoint_every == 0 or step == training.steps:
             with trained.averaged() as averaged:
                 score = held_out_loss(run, averaged, held_out, io, device)
@@ -141,6 +144,14 @@ def post_train(
                 io.report(step, found)
                 io.save(state, score)
             window_start = time.perf_counter()
+        elif stop:
+            state = trained.state(step, history, window_loss.item()) if io.rank == 0 or training.sharded else None
+            if io.rank == 0 and state:
+                io.save(state, None)
+        if stop and step < training.steps:
+            if io.rank == 0:
+                io.wait()
+            raise StoppedError(f"stopped after step {step}, whose state is kept")
     if io.rank == 0:
         io.wait()
     return trained.state(step, history)
@@ -220,26 +231,29 @@ class _JoinedGradients:
         One pass whose gradient is thrown away puts every start, fresh or resumed, behind that point.
         """
         if self.world_size > 1:
-            self.compute(batches, interpolant, 0.0)
+            self.compute(batches, interpolant, 0.0, False)
             self.model.zero_grad()
 
-    def compute(self, batches: list[Batch], interpolant: Interpolant, progress: float) -> Tensor:
-        """Leaves the gradient of the global mean loss in the parameters and returns that loss."""
+    def compute(
+        self, batches: list[Batch], interpolant: Interpolant, progress: float, stop: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Leaves the gradient of the global mean loss in the parameters; that loss, and how many ranks are to stop."""
         scale = 1 / self.run.training.global_batch_size
-        total = torch.zeros((), device=batches[0].x1.device)
+        total = torch.zeros(2, device=batches[0].x1.device)  # the loss, and how many ranks are to stop
+        total[1] = stop
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with self._accumulating(last):
                 loss = _loss(self.run, self.model, batch, interpolant, progress) * scale
-                total = total + loss.detach()
+                total[0] += loss.detach()
                 if last:
                     # Reduced while the last backward pass runs.
-                    self.local_loss = total.clone()
+                    self.local_loss = total[0].clone()
                     reducing = dist.all_reduce(total, async_op=True) if self.world_size > 1 else None
                 (loss * self.world_size).backward()  # DDP and FSDP divide by the number of workers
         if reducing:
             reducing.wait()
-        return total
+        return total[0], total[1]
 
     def _accumulating(self, last: bool) -> contextlib.AbstractContextManager[object]:
         """Gradients are reduced in the last pass only."""
@@ -261,11 +275,13 @@ class _OrderedGradients:
     def warm_up(self, batches: list[Batch], interpolant: Interpolant) -> None:
         """Nothing to lay out."""
 
-    def compute(self, batches: list[Batch], interpolant: Interpolant, progress: float) -> Tensor:
-        """Leaves the gradient of the global mean loss in the parameters and returns that loss."""
+    def compute(
+        self, batches: list[Batch], interpolant: Interpolant, progress: float, stop: bool
+    ) -> tuple[Tensor, Tensor]:
+        """Leaves the gradient of the global mean loss in the parameters; that loss, and how many ranks are to stop."""
         scale = 1 / self.run.training.global_batch_size
         num_shards = self.run.training.num_shards
-        size = sum(p.numel() for p in self.parameters) + 1  # the last number is the loss
+        size = sum(p.numel() for p in self.parameters) + 2  # the last numbers are the loss and how many are to stop
         total = torch.zeros(size, device=batches[0].x1.device)
         local = []
         for first in range(0, num_shards, self.world_size):
@@ -274,15 +290,15 @@ class _OrderedGradients:
                 batch = batches[first // self.world_size]
                 loss = _loss(self.run, self.model, batch, interpolant, progress) * scale
                 grads = torch.autograd.grad(loss, self.parameters)
-                mine = torch.cat([*(g.reshape(-1) for g in grads), loss.detach().reshape(1)])
-                local.append(mine[-1])
+                mine = torch.cat([*(g.reshape(-1) for g in grads), loss.detach().reshape(1), mine[-1:] + stop])
+                local.append(mine[-2])
             for shard in self._gather(mine)[: num_shards - first]:
                 total += shard
         self.local_loss = torch.stack(local).sum()
-        parts = total[:-1].split([p.numel() for p in self.parameters])
+        parts = total[:-2].split([p.numel() for p in self.parameters])
         for parameter, part in zip(self.parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
-        return total[-1]
+        return total[-2], total[-1]
 
     def _gather(self, mine: Tensor) -> list[Tensor]:
         if self.world_size == 1:

@@ -14,7 +14,7 @@ import torch
 from bench_note import Figure, Outcome, figure, overhead
 from bench_side_by_side import BareLoop, Beside, Follower, Times
 
-from orchestration import launch as launching
+from orchestration import worker as launching
 from orchestration.experiment import Experiment
 from orchestration.recipe import load
 from orchestration.run import Place, run_experiment
@@ -88,7 +88,7 @@ def local_io(directory: str, report: Report) -> LocalIO:
 
 def worker_entry(config: dict[str, Any], out: str) -> dict[str, Any]:
     """The project's worker entry, in which post_train of the slowed arm runs beside two bare loops."""
-    from orchestration import launch, stages
+    from orchestration import stages, worker
 
     def beside(run: RunConfig, data: Any, held_out: Any, io: LocalIO, **more: Any) -> Any:
         if run.mixture.is_standard:  # the base, which only has to be there
@@ -101,7 +101,7 @@ def worker_entry(config: dict[str, Any], out: str) -> dict[str, Any]:
         return state
 
     stages.post_train = beside
-    return launch.worker_entry(config)
+    return worker.worker_entry(config)
 
 
 def _experiment(recipe: str, quick: bool, threads: int) -> Experiment:

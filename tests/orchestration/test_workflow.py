@@ -17,11 +17,12 @@ import pytest
 import torch
 
 from orchestration import stages, workflow
-from orchestration.launch import Reporter, worker_entry
+from orchestration.launch import Reporter
 from orchestration.recipe import load
 from orchestration.run import _forced
 from orchestration.site import Site
 from orchestration.storage import Storage, open_storage
+from orchestration.worker import worker_entry
 from orchestration.workflow import LEASE_S, Workspace, needed_for, stages_of
 
 
@@ -444,7 +445,7 @@ class Told:
 @pytest.fixture
 def enter(storage, monkeypatch) -> Iterator[Callable[..., dict[str, Any]]]:
     """Calls worker_entry on a rank, with something else in place of the stages; nothing of Ray is started."""
-    told = Told()
+    told, signs = Told(), SimpleNamespace(start=lambda: None, end=lambda: None, stopping=lambda: False)
     monkeypatch.setattr("ray.get_actor", lambda *_: told)
     monkeypatch.setattr("ray.get", lambda value: value)
     about = {"experiment": load("quickstart").model_dump_json(), "workspace": storage.uri, "stages": [], "trial": ""}
@@ -453,7 +454,8 @@ def enter(storage, monkeypatch) -> Iterator[Callable[..., dict[str, Any]]]:
     def call(rank: int, work: Callable[..., None], launched: str = "first") -> dict[str, Any]:
         context = SimpleNamespace(get_world_rank=lambda: rank, get_world_size=lambda: 2)
         monkeypatch.setattr("ray.train.get_context", lambda: context)
-        monkeypatch.setattr(stages, "run_stages", work)
+        monkeypatch.setattr("orchestration.worker.run_stages", work)
+        monkeypatch.setattr("orchestration.worker.SignsOfLife", lambda *_: signs)
         return worker_entry({**about, "reporter": "one", "name": launched})
 
     call.told = told  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import shutil
 from pathlib import Path
@@ -14,12 +15,13 @@ from worker_toys import Draws, latents, local_io, pixels, run_config
 from mixflow_core.correctives import TrainingCorrective
 from workers.checkpoint import TrainState
 from workers.data import ImageSet, batch_rows
+from workers.io import StoppedError
 from workers.models.sit import SiT
 from workers.train import NonFiniteLossError, post_train
 
 RESUME_STEP = 20
 CORRECTIVE = TrainingCorrective(input_perturbation=0.1, rollout_share=0.5, rollout_step=0.1, rollout_ramp=0.5)
-BAD_STEP, BAD_SHARD = 13, 4
+BAD_STEP, BAD_SHARD, STOP_STEP = 13, 4, 17
 
 
 def run_group(world_size: int, directory: Path) -> None:
@@ -45,6 +47,8 @@ def run_rank(rank: int, world_size: int, directory: Path) -> None:
     for per_pass in (1, 2):
         train(f"per-pass-{per_pass}", rank, world_size, directory, shards_per_pass=per_pass, steps=10)
     stop_on_bad_image(rank, world_size, directory)
+    for reproducible in (False, True):
+        stop(f"stopped-{reproducible}", rank, world_size, directory, reproducible=reproducible)
     train("corrected", rank, world_size, directory, corrected=True)
     resume("corrected", rank, world_size, directory, corrected=True)
     train("recomputed", rank, world_size, directory, steps=10, activation_checkpointing=True)
@@ -81,6 +85,19 @@ def resume(name: str, rank: int, world_size: int, directory: Path, **training: o
             if int(path.name.split("-")[1]) > RESUME_STEP:
                 shutil.rmtree(path)
     train(f"{name}-resumed", rank, world_size, directory, **training)
+
+
+def stop(name: str, rank: int, world_size: int, directory: Path, **training: object) -> None:
+    """A run whose last rank alone is asked to stop, during step STOP_STEP; then the same run to its end."""
+    steps, last = itertools.count(1), rank == world_size - 1
+    io = local_io(
+        directory / name, rank=rank, world_size=world_size, stopping=lambda: last and next(steps) == STOP_STEP
+    )
+    try:
+        post_train(run_config(**training), pixels(), pixels(24, seed=1), io)
+    except StoppedError as error:
+        (directory / f"{name}-{rank}.txt").write_text(str(error))
+    train(name, rank, world_size, directory, **training)
 
 
 def image_gone_bad() -> ImageSet:

@@ -211,7 +211,7 @@ def test_a_checkpoint_of_a_run_is_complete_self_describing_and_free_of_pickle(tm
         "optimizer.safetensors",
         "run.json",
     ]
-    assert json.loads((directory / "run.json").read_text()) == {"name": "toy", "step": 10}
+    assert json.loads((directory / "run.json").read_text()) == {"name": "toy", "step": 10, "loss_sum": 0.0}
     rows = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
     assert rows == state.history
     for name in ("model", "ema", "optimizer"):

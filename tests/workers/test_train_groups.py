@@ -55,6 +55,17 @@ def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(groups, world, m
     assert len(names) == 5, "the resumed run wrote the checkpoints after step 20 itself"
 
 
+@pytest.mark.parametrize("reproducible", [False, True])
+@pytest.mark.parametrize("world", WORLDS)
+def test_where_one_rank_is_asked_to_stop_all_do_after_the_same_step_and_go_on_exactly(groups, world, reproducible):
+    name = f"stopped-{reproducible}"
+    for rank in range(world):
+        said = (groups[world] / f"{name}-{rank}.txt").read_text()
+        assert said == "stopped after step 17, whose state is kept"
+    whole = state(groups[world], "reproducible" if reproducible else "plain")
+    assert differences(whole, state(groups[world], name)) == []
+
+
 @pytest.mark.parametrize("world", WORLDS)
 def test_every_rank_ends_with_the_same_bits(groups, world):
     for rank in range(1, world):

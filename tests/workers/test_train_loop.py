@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 import time
 
@@ -14,6 +15,7 @@ from mixflow_core.correctives import TrainingCorrective
 from mixflow_core.rng import generator
 from workers.checkpoint import TrainState
 from workers.data import batch_rows, shard_batch
+from workers.io import StoppedError
 from workers.models.sit import SiT
 from workers.train import NonFiniteLossError, post_train
 
@@ -175,6 +177,45 @@ def test_a_run_stopped_between_checkpoints_goes_on_exactly(tmp_path):
     io.wait()
     assert io.restore().step == 24
     assert differences(post_train(run, pixels(), held_out, local_io(tmp_path / "stopped")), whole) == []
+
+
+@pytest.mark.parametrize("reproducible", [False, True])
+def test_a_run_asked_to_stop_keeps_its_last_step_and_goes_on_exactly(tmp_path, reproducible):
+    run, held_out = (
+        run_config(steps=30, log_every=5, checkpoint_every=10, reproducible=reproducible),
+        pixels(24, seed=1),
+    )
+    whole = post_train(run, pixels(), held_out, local_io(tmp_path / "whole"))
+    # During a step of the middle of a window, at a checkpoint, in the first step, before the last one.
+    for number, asked in enumerate((13, 20, 1, 29)):
+        directory, steps = tmp_path / f"stopped-{number}", itertools.count(1)
+        with pytest.raises(StoppedError, match=f"stopped after step {asked}, whose state is kept"):
+            post_train(run, pixels(), held_out, local_io(directory, stopping=lambda a=asked, s=steps: next(s) >= a))
+        assert local_io(directory).restore().step == asked
+        assert len([name for name in local_io(directory).store.names() if int(name[5:14]) == asked]) == 1
+        assert differences(post_train(run, pixels(), held_out, local_io(directory)), whole) == []
+
+
+def test_a_run_that_is_stopped_at_every_step_still_ends_and_ends_the_same(tmp_path):
+    run, held_out = run_config(steps=12, log_every=4, checkpoint_every=4), pixels(24, seed=1)
+    whole = post_train(run, pixels(), held_out, local_io(tmp_path / "whole"))
+    for step in range(1, 12):
+        with pytest.raises(StoppedError, match=f"after step {step},"):
+            post_train(run, pixels(), held_out, local_io(tmp_path / "often", stopping=lambda: True))
+    last = post_train(run, pixels(), held_out, local_io(tmp_path / "often", stopping=lambda: True))
+    assert differences(last, whole) == []
+
+
+def test_checkpoints_without_a_score_are_never_the_best(tmp_path):
+    run, held_out = run_config(steps=30, log_every=5, checkpoint_every=10), pixels(24, seed=1)
+    for _ in range(4):
+        with pytest.raises(StoppedError):
+            post_train(run, pixels(), held_out, local_io(tmp_path, keep=1, stopping=lambda: True))
+    assert [name[5:14] for name in local_io(tmp_path).store.names()] == ["000000004"]
+    post_train(run, pixels(), held_out, local_io(tmp_path, keep=1))
+    scored = {name[5:14] for name in local_io(tmp_path).store.names()}
+    assert "000000030" in scored
+    assert "000000004" not in scored
 
 
 def test_a_finished_run_started_again_returns_what_it_was(tmp_path):

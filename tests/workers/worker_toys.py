@@ -66,10 +66,11 @@ def local_io(
     world_size: int = 1,
     keep: int = 99,
     report: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
+    stopping: Callable[[], bool] = lambda: False,
 ) -> LocalIO:
     """Surroundings over a local directory, as on a laptop."""
     store = CheckpointStore(open_storage(str(directory)), "checkpoints", keep=keep, about={"name": "toy"})
-    return LocalIO(store, report, rank=rank, world_size=world_size)
+    return LocalIO(store, report, rank=rank, world_size=world_size, stopping=stopping)
 
 
 def parts(state: TrainState) -> dict[str, Tensor]:

@@ -1,0 +1,126 @@
+"""The driver's eye on its workers: it passes on that it is to end, and ends a worker that hangs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from orchestration.cluster import room_for
+from orchestration.launch import Pulse
+from orchestration.sections import Cluster
+
+LOOK_EVERY_S = 1.0
+NODE_ANSWERS_S = 30.0  # a node that is gone is Ray's to find
+PATIENCE_S = 60.0  # for workers that do not come, until the user hears why
+STOPPING = "stopping after this step, with a checkpoint; once more to stop at once"
+
+
+@contextmanager
+def watching(reporter: Any, cluster: Cluster, say: Callable[[str], None]) -> Iterator[None]:
+    """While the block runs, SIGTERM and SIGINT stop the workers after their step, and a worker that hangs is ended.
+
+    Args:
+        reporter: the Reporter actor.
+        cluster: what was asked of Ray.
+        say: tells the user a line.
+
+    Raises:
+        KeyboardInterrupt: at a second signal.
+    """
+    asked, done = threading.Event(), threading.Event()
+
+    def hear(number: int, frame: FrameType | None) -> None:
+        if asked.is_set():
+            raise KeyboardInterrupt
+        asked.set()
+
+    def look() -> None:
+        silence, told = 0.0, False
+        while not done.wait(LOOK_EVERY_S):
+            if asked.is_set() and not told:
+                told = True
+                say(STOPPING)
+                reporter.stop.remote()
+            pulses = _pulses(reporter)
+            silence = 0.0 if pulses or pulses is None else silence + LOOK_EVERY_S
+            if silence == PATIENCE_S and (room := room_for(cluster)) < cluster.least_workers:
+                say(f"warning: waiting for {cluster.least_workers} workers; the cluster has room for {room}")
+            for pulse in pulses or []:
+                if pulse.silent_s > cluster.hang_timeout_s:
+                    _end(pulse, say)
+                    reporter.gone.remote(pulse.group, pulse.rank)
+
+    thread = threading.Thread(target=look, daemon=True, name="watch")
+    is_main = threading.current_thread() is threading.main_thread()
+    before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT) if is_main}
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join(timeout=NODE_ANSWERS_S)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _pulses(reporter: Any) -> list[Pulse] | None:
+    """Of all workers; None while the Reporter does not answer."""
+    import ray
+
+    try:
+        found: Any = ray.get(reporter.pulses.remote(), timeout=10)
+        return list(found)
+    except ray.exceptions.RayError:
+        return None
+
+
+def _end(pulse: Pulse, say: Callable[[str], None]) -> None:
+    """Logs the stack of a worker that hangs and kills it: Ray Train then starts the group again."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    there = NodeAffinitySchedulingStrategy(pulse.node, soft=False)
+    end: Any = ray.remote(end_process)
+    who = f"worker {pulse.rank} on {pulse.address}, pid {pulse.pid}"
+    try:
+        stack: Any = ray.get(
+            end.options(num_cpus=0, scheduling_strategy=there, max_retries=0).remote(pulse.pid, pulse.born),
+            timeout=NODE_ANSWERS_S,
+        )
+    except ray.exceptions.RayError as error:
+        say(f"warning: {who} has been silent for {pulse.silent_s:.0f} s, and its node does not answer ({error})")
+        return
+    if stack is not None:
+        say(f"warning: {who} has been silent for {pulse.silent_s:.0f} s and was killed; it was at\n{stack}")
+
+
+def end_process(pid: int, born: float) -> str | None:
+    """Kills a process of this machine; the stacks that its threads had, None if it is not there any more."""
+    import psutil
+
+    try:
+        if psutil.Process(pid).create_time() != born:
+            return None
+        stack = _stack(pid)
+        os.kill(pid, signal.SIGKILL)
+        return stack
+    except (psutil.NoSuchProcess, ProcessLookupError):
+        return None
+
+
+def _stack(pid: int) -> str:
+    # Without pausing the process, which may be stopped already.
+    command = [str(Path(sys.executable).with_name("py-spy")), "dump", "--nonblocking", "--pid", str(pid)]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=NODE_ANSWERS_S / 2)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return f"(its stack cannot be read: {error})"
+    return answer.stdout.strip() or f"(its stack cannot be read: {' '.join(answer.stderr.split())})"

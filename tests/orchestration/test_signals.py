@@ -1,0 +1,77 @@
+"""Signals to the processes of a run: it stops with its last step kept, goes on, and ends with the same bits."""
+
+import json
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from clusters import Run, results_of, small
+from mlflow import MlflowClient
+
+pytestmark = pytest.mark.ray
+
+# Arms long enough to be caught in the middle, whose only regular checkpoint is their last step.
+SETTINGS = small(
+    training__steps=300, training__checkpoint_every=300, cluster__hang_timeout_s=10, cluster__max_failures=1
+)
+IN_AN_ARM = re.compile(r"arms/\S+ step (\d+)/300")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("undisturbed")
+    Run(["train", "quickstart", "--json", *SETTINGS], home, {"MIXFLOW_WORKSPACE": str(home / "ws")}).answer()
+    return home / "ws"
+
+
+def _in_an_arm(run: Run, done: int) -> bool:
+    """Whether it is in the middle of an arm, as many arms being finished."""
+    lines = IN_AN_ARM.findall(run.err.read_text())
+    finished = len(list((run.err.parent / "ws").glob("arms/*/manifest.json")))
+    return finished == done and bool(lines) and 0 < int(lines[-1]) < 200
+
+
+def _kept(workspace: Path) -> list[int]:
+    """Steps at which checkpoints of arms are kept."""
+    return sorted(int(path.parent.name[5:14]) for path in workspace.glob("checkpoints/arms-*/step-*/manifest.json"))
+
+
+def test_sigterm_keeps_the_last_step_and_a_hung_worker_is_found(undisturbed: Path, tmp_path: Path) -> None:
+    workspace, command = tmp_path / "ws", ["train", "quickstart", "--json", *SETTINGS]
+    environment = {"MIXFLOW_WORKSPACE": str(workspace)}
+    run = Run(command, tmp_path, environment)
+
+    # A node that is taken away ends its processes: all ranks stop after one step, which is no failure.
+    run.until(lambda: _in_an_arm(run, 0), "the middle of the first arm")
+    run.find("RayTrainWorker")[-1].send_signal(signal.SIGTERM)
+    run.until(lambda: "a worker was asked to end, all stopped after step" in run.said(), "the group stops")
+    step = int(re.findall(r"all stopped after step (\d+), whose state is kept", run.said())[-1])
+    assert step in _kept(workspace)
+
+    # A worker that hangs: its stack is shown, and the group starts again.
+    run.until(lambda: _in_an_arm(run, 1), "the middle of the second arm")
+    run.find("RayTrainWorker")[0].send_signal(signal.SIGSTOP)
+    run.until(lambda: "was killed; it was at" in run.err.read_text(), "the hung worker is found", 60)
+    said = run.err.read_text()
+    assert re.search(r"worker [01] on \S+, pid \d+ has been silent for 1\d s and was killed; it was at", said)
+    assert "post_train (workers/train.py" in said or "post_train (" in said
+
+    # The driver is asked to end.
+    run.until(lambda: _in_an_arm(run, 2), "the middle of the third arm")
+    run.process.send_signal(signal.SIGTERM)
+    assert run.wait(60) == 1
+    last = run.said().strip().splitlines()[-1]
+    found = re.fullmatch(r"stopped after step (\d+), whose state is kept; the same command goes on from there", last)
+    assert found, run.said()
+    assert int(found[1]) in _kept(workspace)
+    client = MlflowClient(f"sqlite:///{workspace}/mlflow.db")
+    runs = client.search_runs([client.get_experiment_by_name("quickstart").experiment_id])
+    assert {run.info.status for run in runs} <= {"KILLED", "FINISHED"}, "nothing is left running"
+
+    answer = Run(command, tmp_path / "again", environment).answer()
+    assert answer["tracking"]["pending"] == 0
+    assert results_of(workspace) == results_of(undisturbed)
+    for path in workspace.glob("arms/*/history.jsonl"):
+        rows = [json.loads(line)["step"] for line in path.read_text().splitlines() if "train/loss" in line]
+        assert rows == list(range(10, 301, 10))

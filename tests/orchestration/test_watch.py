@@ -1,0 +1,135 @@
+"""The driver's eye on its workers: signals, and the end of a process that hangs."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from orchestration.launch import Pulse, Reporter, in_thread
+from orchestration.sections import Cluster
+from orchestration.watch import STOPPING, end_process, watching
+
+HANGING = """
+import time
+
+def the_place_where_it_hangs():
+    print("here", flush=True)
+    time.sleep(600)
+
+the_place_where_it_hangs()
+"""
+
+
+@pytest.fixture
+def hanging():
+    """A Python process stopped by SIGSTOP, in a function of its own."""
+    with subprocess.Popen([sys.executable, "-c", HANGING], stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline()
+        process.send_signal(signal.SIGSTOP)
+        yield psutil.Process(process.pid)
+        process.kill()
+
+
+def test_a_stopped_process_is_killed_and_its_stack_told(hanging):
+    stack = end_process(hanging.pid, hanging.create_time())
+    assert "the_place_where_it_hangs" in stack
+    assert hanging.wait(10) is not None or not hanging.is_running()
+
+
+def test_another_process_of_the_same_number_is_left_alone(hanging):
+    assert end_process(hanging.pid, hanging.create_time() - 1) is None
+    assert hanging.status() == psutil.STATUS_STOPPED
+
+
+def test_a_process_that_is_gone_is_no_error():
+    with subprocess.Popen([sys.executable, "-c", "pass"]) as process:
+        process.wait()
+    assert end_process(process.pid, 0.0) is None
+
+
+class Actor:
+    """A Reporter that is called as an actor is; `ray.get` is the identity here."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        self.reporter = reporter
+
+    def __getattr__(self, name: str):
+        return SimpleNamespace(remote=getattr(self.reporter, name))
+
+
+@pytest.fixture
+def reporter(tmp_path, monkeypatch):
+    monkeypatch.setattr("orchestration.launch.Tracker", lambda *_: None)
+    monkeypatch.setattr("ray.get", lambda value, timeout=None: value)
+    monkeypatch.setattr("orchestration.watch.LOOK_EVERY_S", 0.05)
+    return Reporter(str(tmp_path), "", "quickstart", "experiments/one")
+
+
+def until(condition) -> None:
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def pulse(rank: int, group: str = "one", pid: int = 1) -> Pulse:
+    return Pulse(group, rank, "node", "10.0.0.1", pid, 0.0)
+
+
+def test_one_worker_asked_to_stop_stops_its_group_and_no_other(reporter):
+    assert not any(reporter.alive(pulse(rank, group)) for rank in (0, 1) for group in ("one", "two"))
+    reporter.stop("one")
+    assert [reporter.alive(pulse(rank, "one")) for rank in (0, 1)] == [True, True]
+    assert not reporter.alive(pulse(0, "two"))
+    assert not reporter.is_ending()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_the_driver_stops_all_groups_and_a_second_ends_at_once(reporter, number):
+    said, before = [], signal.getsignal(number)
+    with watching(Actor(reporter), Cluster(), said.append):
+        os.kill(os.getpid(), number)
+        until(lambda: reporter.is_ending())
+        assert all(reporter.alive(pulse(0, group)) for group in ("one", "two"))
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(number)
+    assert said == [STOPPING]
+    assert signal.getsignal(number) is before
+
+
+def test_a_silent_worker_alone_is_ended_and_once(reporter, monkeypatch):
+    ended = []
+    monkeypatch.setattr("orchestration.watch._end", lambda pulse, say: ended.append(pulse.rank))
+    now = [1000.0]
+    monkeypatch.setattr("orchestration.launch.time", SimpleNamespace(monotonic=lambda: now[0]))
+    reporter.alive(pulse(0))
+    reporter.alive(pulse(1))
+    with watching(Actor(reporter), Cluster(hang_timeout_s=5), pytest.fail):
+        now[0] += 4.9
+        reporter.alive(pulse(0))
+        time.sleep(0.3)
+        assert ended == []
+        now[0] += 0.2
+        until(lambda: ended)
+        time.sleep(0.3)
+    assert ended == [1]
+
+
+def test_a_worker_that_is_done_is_not_taken_for_hung(reporter):
+    for rank in (0, 1):
+        reporter.alive(pulse(rank))
+    reporter.gone("one", 1)
+    assert [found.rank for found in reporter.pulses()] == [0]
+    reporter.gone("one")
+    assert reporter.pulses() == []
+
+
+def test_what_a_thread_raises_is_raised_here():
+    assert in_thread(lambda: 3) == 3
+    with pytest.raises(ZeroDivisionError):
+        in_thread(lambda: 1 / 0)
