@@ -36,12 +36,13 @@ TARGETS = (
     ".pt, .safetensors, for SD3 a directory; for samples .npz; for the mixture .json (SimpleTuner's settings) or .py "
     "(the change to a SiT-style transport, explained)"
 )
-VERBS = (*STAGE_VERBS, "sweep", "plan", "report", "import", "export", "replay", "doctor")
+VERBS = (*STAGE_VERBS, "sweep", "plan", "report", "import", "export", "replay", "submit", "doctor")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns 0 (done), 1 (the run failed) or 2 (wrong input)."""
     arguments = _parser().parse_args(argv)
+    arguments.json |= "--json" in getattr(arguments, "command", ())
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     if not arguments.debug:
         warnings.simplefilter("ignore")
@@ -182,7 +183,13 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--replicate", type=int, default=0, metavar="K", help="which of its runs, 0 at first")
     export.add_argument("--adapters", action="store_true", help="of a LoRA run, the adapters alone")
     verb("replay", "send MLflow what it has not seen", _replay, experiment=False)
-    verb("doctor", "look at Ray, GPUs, object storage, MLflow and versions, and say how to mend them", _doctor, False)
+    sub = verb("submit", "a verb as a Ray job, followed to its end; its exit code is the job's", _submit, False)
+    sub.add_argument("--address", metavar="URL", help="of Ray's job server; that of docker/compose.yaml at first")
+    sub.add_argument("--dry-run", action="store_true", help="make the package and print the `ray job submit` line")
+    sub.add_argument("command", nargs=argparse.REMAINDER, metavar="-- VERB ...", help="such as -- run quickstart")
+    about = "look at Ray, GPUs, object storage, MLflow, versions, and all nodes of a cluster, and say how to mend them"
+    sub = verb("doctor", about, _doctor, False)
+    sub.add_argument("--init-env", action="store_true", help="write docker/.env, the passwords of docker/compose.yaml")
     return parser
 
 
@@ -417,9 +424,24 @@ def _replay(arguments: argparse.Namespace) -> dict[str, Any]:
     return {**answer, "exit_code": FAILED if pending else DONE}
 
 
-def _doctor(arguments: argparse.Namespace) -> dict[str, Any]:
-    from orchestration.plan import examine
+def _submit(arguments: argparse.Namespace) -> dict[str, Any]:
+    from orchestration.submit import submit
 
+    command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    answer = submit(command, arguments.address, dry_run=arguments.dry_run, as_json=arguments.json)
+    if arguments.dry_run and not arguments.json:
+        print(answer["command"])
+    return answer
+
+
+def _doctor(arguments: argparse.Namespace) -> dict[str, Any]:
+    from orchestration.doctor import examine, init_env
+
+    if arguments.init_env:
+        answer = init_env()
+        if not arguments.json:
+            print(f"{answer['written']}: fresh passwords; docker compose -f docker/compose.yaml up -d uses them")
+        return answer
     findings = examine(dict(os.environ))
     if not arguments.json:
         for finding in findings:

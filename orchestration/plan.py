@@ -1,20 +1,14 @@
-"""What a run would do and need, and whether this machine is fit for it: `mixflow plan` and `mixflow doctor`."""
+"""What a run would do and need: `mixflow plan`."""
 
 from __future__ import annotations
 
-import importlib.util
-import platform
-import shutil
-import sys
-import time
 from collections.abc import Mapping
-from importlib import metadata
 from typing import Any
 
-from orchestration import cluster, sizes, tracking
+from orchestration import cluster, sizes
 from orchestration.experiment import Experiment, is_captioned
 from orchestration.inputs import check_inputs
-from orchestration.run import Place, open_workspace
+from orchestration.run import Place
 from orchestration.workflow import Workspace
 from workers.cost import Cost, cost_of
 
@@ -166,82 +160,3 @@ def _evaluations(settings: Mapping[str, Any]) -> int:
         s["num_steps"] * per_step[s["method"]] * (1 if s["guidance_scale"] == 1 else 2) for s in settings["samplers"]
     )
     return int(steps * settings["num_samples"])
-
-
-def examine(environment: Mapping[str, str]) -> list[dict[str, Any]]:
-    """What works and what does not, each finding {what, ok, says}."""
-    return [
-        _finding("python", lambda: f"{platform.python_version()} at {sys.executable}"),
-        _finding("packages", _packages),
-        _finding("clock", _clock),
-        _finding("disk", lambda: f"{shutil.disk_usage('.').free / GIB:.1f} GiB free here"),
-        _finding("gpu", _gpus),
-        _finding("ray", lambda: _ray(environment)),
-        _finding("storage", _storage),
-        _finding("mlflow", _mlflow),
-    ]
-
-
-def _finding(what: str, look: Any) -> dict[str, Any]:
-    try:
-        return {"what": what, "ok": True, "says": look()}
-    except Exception as error:  # the finding is the error
-        return {"what": what, "ok": False, "says": " ".join(str(error).split())}
-
-
-def _packages() -> str:
-    import re
-
-    found = []
-    for requirement in metadata.requires("mixflow") or []:
-        match = re.match(r"([A-Za-z0-9_-]+)(?:\[[^]]*\])?==([^ ;]+)$", requirement)
-        if match:
-            name, pinned = match.groups()
-            version = metadata.version(name).split("+")[0]
-            if version != pinned:
-                raise ValueError(f"{name} must be {pinned}, got {version}; pip install -e . mends it")
-            found.append(f"{name} {version}")
-    return ", ".join(found)
-
-
-def _clock() -> str:
-    if time.time() < 1735689600:  # 2025-01-01: signatures of S3 requests and Ray's leases need a clock that is right
-        raise ValueError(f"the clock must be right, got {time.ctime()}; set it (NTP)")
-    return time.strftime("%Y-%m-%d %H:%M:%S %Z")
-
-
-def _gpus() -> str:
-    import torch
-
-    if not torch.cuda.is_available():
-        return "none; runs use CPUs (cluster.gpus_per_worker: 0)"
-    return ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
-
-
-def _ray(environment: Mapping[str, str]) -> str:
-    if importlib.util.find_spec("ray") is None:
-        raise ValueError("ray must be installed; pip install -e . mends it")
-    address = environment.get("RAY_ADDRESS")
-    if not address:
-        return f"{metadata.version('ray')}; RAY_ADDRESS is not set, a run starts its own cluster on this machine"
-    cluster.connect({})
-    import ray
-
-    there = ray.cluster_resources()
-    nodes = sum(node["Alive"] for node in ray.nodes())
-    ray.shutdown()
-    return f"{address}: {nodes} nodes, {there.get('CPU', 0):g} CPUs, {there.get('GPU', 0):g} GPUs"
-
-
-def _storage() -> str:
-    storage = open_workspace()
-    storage.check()
-    return f"workspace {storage.uri}: read, written and deleted"
-
-
-def _mlflow() -> str:
-    uri = tracking.default_tracking_uri(open_workspace())
-    warning = tracking.check_tracking(uri)
-    if warning:
-        raise ValueError(warning)
-    return f"{tracking.ui_command(uri)} shows the runs"

@@ -96,6 +96,12 @@ def read(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return raw
 
 
+def parent_of(name: str) -> str | None:
+    """The recipe or file that a recipe or file extends."""
+    parent = _read(name).get("extends")
+    return None if parent is None else str(parent)
+
+
 def _extended(name: str) -> dict[str, Any]:
     raw = _read(name)
     gamma = _pop_alias(name, raw)

@@ -709,8 +709,7 @@ def _check_http(uri: str) -> str | None:
     if status in (401, 403):
         raise ValueError(
             f"MLFLOW_TRACKING_URI must accept the credentials, got {status} from {shown}; correct "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN), "
-            "or --allowed-hosts of the server"
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN)"
         )
     if status == 404:
         rule = "MLFLOW_TRACKING_URI must be the address of an MLflow server"
@@ -744,7 +743,11 @@ def _check_postgresql(uri: str) -> str | None:
 
 
 def _ask(uri: str, path: str) -> int:
-    """The HTTP status of a GET; 0 if only the certificate is not to our liking; OSError if there is no answer."""
+    """The HTTP status of a GET; 0 if only the certificate is not to our liking; OSError if there is no answer.
+
+    Raises:
+        ValueError: the server answers requests to other host names only.
+    """
     parts = urlsplit(uri)
     user = unquote(parts.username or "") or os.environ.get("MLFLOW_TRACKING_USERNAME")
     password = unquote(parts.password or "") or os.environ.get("MLFLOW_TRACKING_PASSWORD")
@@ -759,6 +762,12 @@ def _ask(uri: str, path: str) -> int:
         with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
+        if error.code == 403 and b"Invalid Host header" in error.read(1000):
+            host = parts.netloc.rpartition("@")[2]
+            raise ValueError(
+                f"MLFLOW_TRACKING_URI must name a host that the server allows, got 403 for {host!r}; add it to the "
+                f"server's --allowed-hosts ({parts.hostname},{parts.hostname}:*)"
+            ) from error
         return error.code
     except urllib.error.URLError as error:
         if isinstance(error.reason, ssl.SSLCertVerificationError):

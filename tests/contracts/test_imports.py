@@ -25,7 +25,7 @@ ALLOWED = {
     },
 }  # fmt: skip
 # what only these files may import
-WORKERS = ("stages", "measuring", "objective", "site")  # of orchestration, what runs on a worker
+WORKERS = ("stages", "measuring", "objective", "site", "nodes")  # of orchestration, what runs on a worker
 CONFINED = {
     "torchdiffeq": ["mixflow_core/samplers.py"],
     "diffusers": ["workers/*.py"],
@@ -37,7 +37,7 @@ CONFINED = {
     "psycopg2": ["orchestration/tracking.py"],
     "optuna": ["orchestration/space.py"],
     # WORKERS' files and encode.py's Worker run on a worker; the others ask torch about the machine (DRIVER_TORCH).
-    "orchestration:torch": [f"orchestration/{name}.py" for name in (*WORKERS, "encode", "launch", "cluster", "plan")],
+    "orchestration:torch": [f"orchestration/{name}.py" for name in (*WORKERS, "encode", "launch", "cluster", "doctor")],
     "orchestration:numpy": ["orchestration/measuring.py"],
     # run.py writes the weights of a base that was given.
     "orchestration:safetensors": [f"orchestration/{name}.py" for name in (*WORKERS, "run")],

@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from mlflow_servers import free_port, wait_until
 
 # The quickstart, all of its stages, in seconds instead of minutes.
 SMALL = {
@@ -103,6 +107,49 @@ class Run:
                 process.kill()
             except psutil.NoSuchProcess:
                 continue
+
+
+@contextmanager
+def ray_head(name: str, log: Path, **variables: str) -> Iterator[dict[str, str]]:
+    """A head node of two CPUs with a job server, and in its environment `variables`; yields a user's environment."""
+    # Sockets have short names only, so Ray's directory must not lie below pytest's.
+    directory = f"/tmp/mixflow-{name}-{os.getpid()}"
+    gcs, dashboard = free_port(), free_port()
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MIXFLOW_", "MLFLOW_"))}
+    # Jobs call `python`, which is this one.
+    env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
+    env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "120", **variables}
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=2", "--block"]
+    command += [
+        f"--port={gcs}",
+        f"--dashboard-port={dashboard}",
+        f"--temp-dir={directory}",
+        "--node-ip-address=127.0.0.1",
+    ]
+    command += ["--object-store-memory=200000000", "--include-dashboard=true"]
+    # The defaults of these are fixed ports, which another cluster on this machine may hold.
+    agent = free_port()
+    command += [f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={free_port()}"]
+    with log.open("wb") as out:
+        process = psutil.Popen(command, env=env, stdout=out, stderr=out)
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        wait_until(lambda: _answers(f"{address}/api/gcs_healthz"), "Ray's job server starts")
+        wait_until(lambda: _answers(f"http://127.0.0.1:{agent}/api/local_raylet_healthz"), "Ray's agent starts")
+        yield {**env, "RAY_API_SERVER_ADDRESS": address, "SESSION": directory}
+    finally:
+        for each in [*process.children(recursive=True), process]:
+            each.kill()
+        process.wait()
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as answer:
+            return bool(answer.status == 200)
+    except OSError:
+        return False
 
 
 def results_of(workspace: Path) -> dict[str, str]:

@@ -1,19 +1,16 @@
 """The quickstart against real servers: S3 (Ceph RADOS Gateway), MLflow on PostgreSQL, and Ray's job server."""
 
 import json
-import os
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
-from clusters import Run, small
+from clusters import Run, ray_head, small
 from mlflow import MlflowClient
-from mlflow_servers import MlflowServer, free_port, wait_until
+from mlflow_servers import MlflowServer
 
 from orchestration.storage import open_storage
 
@@ -69,36 +66,8 @@ def _beside(weights: str) -> Path:
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A running head node with a job server; the environment that a user of it sets."""
-    # Sockets have short names only, so Ray's directory must not lie below pytest's.
-    directory = f"/tmp/mixflow-ray-{os.getpid()}"
-    gcs, dashboard = free_port(), free_port()
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MIXFLOW_", "MLFLOW_"))}
-    env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=2", "--block"]
-    command += [
-        f"--port={gcs}",
-        f"--dashboard-port={dashboard}",
-        f"--temp-dir={directory}",
-        "--node-ip-address=127.0.0.1",
-    ]
-    command += ["--object-store-memory=200000000", "--include-dashboard=true"]
-    # The defaults of these are fixed ports, which another cluster on this machine may hold.
-    command += [f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}"]
-    log = (tmp_path_factory.mktemp("head") / "log").open("wb")
-    process = psutil.Popen(command, env=env, stdout=log, stderr=log)
-    address = f"http://127.0.0.1:{dashboard}"
-
-    def answers() -> bool:
-        try:
-            with urllib.request.urlopen(f"{address}/api/version", timeout=5) as answer:
-                return bool(answer.status == 200)
-        except OSError:
-            return False
-
-    wait_until(answers, "Ray's job server starts")
-    yield env | {"RAY_API_SERVER_ADDRESS": address}
-    for each in [*process.children(recursive=True), process]:
-        each.kill()
+    with ray_head("ray", tmp_path_factory.mktemp("head") / "log", RAY_AUTH_MODE="disabled") as environment:
+        yield environment
 
 
 def _submit(environment: dict[str, str], variables: dict[str, str], arguments: list[str]) -> tuple[int, str]:

@@ -1,7 +1,8 @@
 #!/bin/bash
 # A real S3 server on loopback: one Ceph monitor, one OSD (a sparse file) and RADOS Gateway, run as the calling user.
 # usage: ceph_up.sh DIR S3_PORT MON_PORT [GIB]   DIR must not exist yet; takes about 8 s; end it with ceph_down.sh DIR
-# env:   S3_ACCESS_KEY and S3_SECRET_KEY, the credentials it will accept. Needs the packages of .ci/apt-packages.txt.
+# env:   S3_ACCESS_KEY and S3_SECRET_KEY, the credentials it will accept; S3_HOST, where it listens, 127.0.0.1 if
+#        not set. Needs the packages of .ci/apt-packages.txt.
 set -euo pipefail
 DIR=${1:?directory that does not exist yet}
 S3_PORT=${2:?port of the S3 server}
@@ -62,7 +63,7 @@ bluestore_fsck_on_mount = false
 osd_op_num_shards = 2
 [client.rgw.a]
 rgw_data = $DIR/rgw
-rgw_frontends = beast endpoint=127.0.0.1:$S3_PORT tcp_nodelay=1
+rgw_frontends = beast endpoint=${S3_HOST:-127.0.0.1}:$S3_PORT tcp_nodelay=1
 rgw_enable_usage_log = false
 rgw_enable_lc_threads = false
 rgw_run_sync_thread = false

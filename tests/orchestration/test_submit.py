@@ -1,0 +1,228 @@
+"""`mixflow submit`: what is packaged and told, and what becomes of the job on a real Ray head with a token."""
+
+import json
+import os
+import shlex
+import signal
+import stat
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from clusters import Run, ray_head, small
+
+from orchestration import submit
+from orchestration.cli import main
+from orchestration.doctor import init_env, read_env
+
+PLANTED = "planted-3f9c1d77a0b24e"
+TOKEN = "0123456789abcdef" * 4
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory of its own, and none of the variables that jobs are told."""
+    for name in [name for name in os.environ if name.startswith(("AWS_", "MLFLOW_", "MIXFLOW_", "RAY_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_a_package_holds_the_sources_and_the_experiment_and_nothing_else(directory: Path) -> None:
+    (directory / "mine").mkdir()
+    (directory / "mine" / "a.yaml").write_text("extends: mine/b.yaml\n")
+    (directory / "mine" / "b.yaml").write_text("name: b\n")
+    (directory / "package").mkdir()
+    arguments = ["run", "mine/a.yaml", "--set", "data.shards=x.yaml"]
+    assert submit.pack(arguments, directory / "package") == arguments
+    files = {path.relative_to(directory / "package").as_posix() for path in (directory / "package").rglob("*.*")}
+    root = Path(submit.__file__).parents[1]
+    sources = {
+        path.relative_to(root).as_posix()
+        for package in ("mixflow_core", "workers", "orchestration")
+        for path in (root / package).rglob("*.*")
+        if "__pycache__" not in path.parts
+    }
+    assert files == sources | {"pyproject.toml", "mine/a.yaml", "mine/b.yaml"}
+
+
+def test_an_experiment_from_elsewhere_comes_to_the_top(directory: Path) -> None:
+    (directory / "here").mkdir()
+    (directory / "e.yaml").write_text("name: e\n")
+    os.chdir(directory / "here")
+    (directory / "package").mkdir()
+    assert submit.pack(["plan", str(directory / "e.yaml")], directory / "package") == ["plan", "e.yaml"]
+    assert (directory / "package" / "e.yaml").read_text() == "name: e\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "environment", "says"),
+    [
+        ([], {}, "the verb of a job must be one of"),
+        (["export", "x", "a", "b"], {}, "got 'export'"),
+        (["rum", "quickstart"], {}, "did you mean 'run'?"),
+        (["run", "absent.yaml"], {}, "experiment file must exist, got 'absent.yaml'"),
+        (["plan", "quickstart"], {"MIXFLOW_WORKSPACE": "./here"}, "got './here'; unset it"),
+        (
+            ["plan", "quickstart"],
+            {"MLFLOW_TRACKING_URI": f"http://u:{PLANTED}@h"},
+            "MLFLOW_TRACKING_URI must hold no pass",
+        ),
+        (
+            ["run", "quickstart", "--set", f"name={PLANTED}"],
+            {"AWS_SECRET_ACCESS_KEY": PLANTED},
+            "the value of AWS_SECRET",
+        ),
+        (["plan", "quickstart", "--address", "x"], {}, "--address must be Ray's job server"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    arguments: list[str],
+    environment: dict[str, str],
+    says: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:9")  # nobody listens there
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["submit", "--", *arguments]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("error: submit: ")
+    assert says in err
+    assert err.count("\n") == 1
+    assert PLANTED not in err
+
+
+def test_a_package_that_is_too_large_is_refused(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit, "LARGEST_PACKAGE", 2**18)
+    assert main(["submit", "--", "plan", "quickstart"]) == 2
+    assert "the job's package must hold at most 0 MiB, got" in capsys.readouterr().err
+
+
+def test_a_job_is_told_places_and_no_secrets() -> None:
+    environ = {
+        "MIXFLOW_WORKSPACE": "s3://bucket/prefix",
+        "AWS_ENDPOINT_URL": "http://store:8333",
+        "AWS_SECRET_ACCESS_KEY": PLANTED,
+        "MLFLOW_TRACKING_PASSWORD": PLANTED,
+        "RAY_AUTH_TOKEN": PLANTED,
+        "HOME": "/root",
+    }
+    told = {name: environ[name] for name in ("MIXFLOW_WORKSPACE", "AWS_ENDPOINT_URL")}
+    assert submit.passed(environ) == told
+
+
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_the_document_at_the_end_of_a_log(size: int, capsys: pytest.CaptureFixture[str]) -> None:
+    text = 'said\n{\nnot a document\n{\n "a": {\n  "b": 1\n }\n}\nlast words\n'
+    log = submit.Log(has_document=True)
+    for start in range(0, len(text), size):
+        log.take(text[start : start + size], start)
+        log.take(text[: start + size], 0)  # read again from the beginning, as after a broken connection
+    assert log.document() == {"a": {"b": 1}}
+    assert capsys.readouterr().out == "said\n{\nnot a document\nlast words\n"
+
+
+def test_init_env_writes_passwords_once(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["doctor", "--init-env"]) == 2
+    assert "--init-env must be used where docker/compose.yaml is" in capsys.readouterr().err
+    (directory / "docker").mkdir()
+    (directory / "docker" / "compose.yaml").write_text("")
+    before = os.umask(0)
+    try:
+        assert main(["doctor", "--init-env"]) == 0
+    finally:
+        os.umask(before)
+    file = directory / "docker" / ".env"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    written = file.read_bytes()
+    passwords = [value for name, value in read_env(file).items() if name not in ("MIXFLOW_CLUSTER", "S3_ACCESS_KEY")]
+    assert len(set(passwords)) == len(passwords) == 5
+    assert all(len(value) == 64 for value in passwords)
+    assert all(value not in capsys.readouterr().out for value in passwords)
+    assert main(["doctor", "--init-env"]) == 2
+    assert capsys.readouterr().err.startswith("error: doctor: docker/.env must not be there yet, got one")
+    assert file.read_bytes() == written
+    file.unlink()
+    init_env()
+    assert file.read_bytes() != written
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A head that asks for a token, with a workspace and a secret in its nodes' environment."""
+    home = tmp_path_factory.mktemp("token")
+    own = {"MIXFLOW_WORKSPACE": str(home / "ws"), "MLFLOW_TRACKING_PASSWORD": PLANTED, "RAY_JOB_STOP_WAIT_TIME_S": "60"}
+    with ray_head("token", home / "log", RAY_AUTH_MODE="token", RAY_AUTH_TOKEN=TOKEN, **own) as environment:
+        yield environment | {"WORKSPACE": own["MIXFLOW_WORKSPACE"]}
+
+
+def _user(head: dict[str, str], **more: str) -> dict[str, str]:
+    """What a user of the cluster has in the environment."""
+    return {"RAY_API_SERVER_ADDRESS": head["RAY_API_SERVER_ADDRESS"], "RAY_AUTH_TOKEN": TOKEN, **more}
+
+
+@pytest.mark.ray
+def test_a_job_answers_with_its_document_and_nowhere_are_secrets(head: dict[str, str], tmp_path: Path) -> None:
+    secret = "of-the-submitter-81c2e5"
+    run = Run(["submit", "--json", "--", "doctor"], tmp_path, _user(head, AWS_SECRET_ACCESS_KEY=secret))
+    answer = run.answer()
+    assert answer["status"] == "SUCCEEDED"
+    findings = {finding["what"]: finding for finding in answer["findings"]}
+    assert all(finding["ok"] for finding in findings.values()), findings
+    assert head["WORKSPACE"] in findings["storage"]["says"]
+    for what in ("versions", "clocks", "storage nodes", "mlflow nodes", "gpu nodes", "collectives"):
+        assert "1 nodes" in findings[what]["says"], findings[what]
+    assert "gloo all-reduce over 1 processes" in findings["collectives"]["says"]
+    assert "Running entrypoint for job" in run.said()
+    kept = [path for path in Path(head["SESSION"]).rglob("*") if path.is_file() and not path.is_symlink()]
+    assert any(answer["job"] in path.name for path in kept)
+    for word in (secret, PLANTED, TOKEN):
+        assert [path for path in kept if word.encode() in path.read_bytes()] == []
+
+
+@pytest.mark.ray
+def test_the_exit_code_is_the_drivers(head: dict[str, str], tmp_path: Path) -> None:
+    wrong = Run(
+        ["submit", "--json", "--", "run", "quickstart", "--set", "mixture.gamma=1.5"], tmp_path / "wrong", _user(head)
+    )
+    assert wrong.wait() == 2, wrong.said()
+    assert "gamma must lie in [0, 1], got 1.5" in wrong.said()
+    assert json.loads(wrong.out.read_text())["status"] == "FAILED"
+    failing = Run(["submit", "--", "doctor"], tmp_path / "f", _user(head, MLFLOW_TRACKING_URI="http://127.0.0.1:9"))
+    assert failing.wait() == 1, failing.said()
+    assert "FAIL  mlflow " in failing.out.read_text()
+    stranger = Run(["submit", "--", "doctor"], tmp_path / "s", _user(head) | {"RAY_AUTH_TOKEN": "f" * 64})
+    assert stranger.wait() == 2, stranger.said()
+    assert "error: submit: RAY_AUTH_TOKEN must be the token of the cluster" in stranger.said()
+
+
+@pytest.mark.ray
+def test_the_line_of_a_dry_run_does_the_same(head: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "e.yaml").write_text("extends: quickstart\nname: from-a-file\n")
+    run = Run(["submit", "--dry-run", "--", "plan", "e.yaml", "--json"], tmp_path / "dry", _user(head))
+    line = run.answer()["command"]
+    assert shlex.split(line)[:3] == ["ray", "job", "submit"]
+    environment = head | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": TOKEN}
+    done = subprocess.run(line, shell=True, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert '"name": "from-a-file"' in done.stdout
+
+
+@pytest.mark.ray
+def test_sigterm_stops_the_job_and_keeps_its_checkpoint(head: dict[str, str], tmp_path: Path) -> None:
+    steps = small(name="stopped", base__train__steps=100000, base__train__checkpoint_every=20)
+    run = Run(["submit", "--json", "--", "run", "quickstart", *steps], tmp_path, _user(head))
+    checkpoints = Path(head["WORKSPACE"]) / "checkpoints"
+    run.until(lambda: list(checkpoints.glob("base-*/step-*/manifest.json")), "a checkpoint of the base")
+    run.process.send_signal(signal.SIGTERM)
+    assert run.wait() == 1, run.said()
+    answer = json.loads(run.out.read_text())
+    assert answer["status"] == "STOPPED"
+    assert "stopping the job, so that it leaves a checkpoint" in run.said()
+    assert list(checkpoints.glob("base-*/step-*/manifest.json"))
