@@ -407,7 +407,7 @@ def _replay(arguments: argparse.Namespace) -> dict[str, Any]:
     from orchestration.run import open_place
 
     place = open_place()
-    answer: dict[str, Any] = {"tracking": place.tracking_uri, "spools": []}
+    answer: dict[str, Any] = {"tracking": tracking.without_password(place.tracking_uri), "spools": []}
     for spool in tracking.list_spools(place.storage):
         found = tracking.replay(place.storage, place.tracking_uri, spool)
         answer["spools"].append({"spool": spool, "sent": found.sent, "pending": found.pending})

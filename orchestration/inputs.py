@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from orchestration.differences import recall_beside
@@ -454,7 +454,10 @@ def _bring(name: str, uri: str, target: Path) -> None:
         storage.copy_out(last, target)
         return
     for file in files:
-        path = target / file.removeprefix(f"{last}/")
+        below = file.removeprefix(f"{last}/")
+        if PurePosixPath(below).is_absolute() or {"", ".", ".."} & set(below.split("/")):
+            raise ValueError(f"{name} must hold files with names that stay below it, got {file!r}; rename it")
+        path = target / below
         path.parent.mkdir(parents=True, exist_ok=True)
         storage.copy_out(file, path)
 

@@ -52,7 +52,7 @@ def make_plan(experiment: Experiment, place: Place) -> dict[str, Any]:
         "experiment": experiment.model_dump(mode="json"),
         "identity": experiment.identity,
         "workspace": place.storage.uri,
-        "tracking": place.tracking_uri,
+        "tracking": tracking.without_password(place.tracking_uri),
         "warnings": [*place.warnings, *warnings],
         "stages": [{"name": name, "state": state} for name, state in states.items()],
         **costs(experiment),

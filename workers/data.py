@@ -29,6 +29,7 @@ from workers.models.sit import drop_labels
 SCHEMA_VERSION = 3
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
+MOST_BYTES = 2**32  # of one shard in memory
 CAPTIONS_A_FILE = 256  # embeddings of SD3.5 are 2.6 MiB each
 ARRAYS = ("images", "labels", "features", "pixels")
 
@@ -371,8 +372,18 @@ def _require_version(path: Path, version: int) -> None:
         raise ValueError(f"{path} must have schema version {SCHEMA_VERSION}, got {version}; write it anew")
 
 
+def _check_size(path: Path) -> None:
+    """A few repeated bytes of Parquet can stand for more images than any memory holds."""
+    about = pq.ParquetFile(path)
+    widths = [kind.byte_width if pa.types.is_fixed_size_binary(kind) else 8 for kind in about.schema_arrow.types]
+    size = about.metadata.num_rows * sum(widths)
+    if size > MOST_BYTES:
+        raise ValueError(f"it must unpack to at most {MOST_BYTES} bytes, got {size}; write fewer rows in a file")
+
+
 def _read_shard(path: Path) -> tuple[ImageSet, int]:
     try:
+        _check_size(path)
         table = pq.read_table(path)
         about = json.loads(table.schema.metadata[b"mixflow"])
         version, num_classes = about["schema_version"], about["num_classes"]
