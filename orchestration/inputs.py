@@ -32,7 +32,8 @@ from workers.models.sd3 import SD3Config
 from workers.pretrained import text_widths
 from workers.sources import is_there, list_source
 
-FACTS_VERSION = 1
+FACTS_VERSION = 2
+USUAL_RMS = 0.2, 5.0  # of what a model sees; noise has 1, and published latents are scaled to it
 
 
 class Checked(NamedTuple):
@@ -70,7 +71,8 @@ def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> Checked:
         _check_codec(experiment, experiment.codec)
     facts, warnings, to_encode = dict[str, Any](), list[str](), dict[str, int]()
     if workspace.artifact("data") and not (experiment.data.images and "data" in forced):
-        facts, warnings = check_data(workspace), source_changes(workspace)
+        facts = check_data(workspace)
+        warnings = [*source_changes(workspace), *odd_scales(facts)]
     elif experiment.data.images and experiment.codec:
         source = readable("data.images.source", experiment.data.images.source)
         with source, of_section("data.images", *Images.model_fields):
@@ -258,6 +260,17 @@ def check_data(workspace: Workspace) -> dict[str, Any]:
     if directory:
         storage.put(kept, json.dumps(facts).encode())
     return facts
+
+
+def odd_scales(facts: Mapping[str, Any]) -> list[str]:
+    """A line for a warning of each split whose values are far larger or smaller than the noise they are mixed with."""
+    low, high = USUAL_RMS
+    return [
+        f"data of {split} have a root mean square of {its['rms']:.3g} where models are made for about 1; compare the "
+        "codec's scale and shift with those of the data"
+        for split, its in facts.items()
+        if not low <= its["rms"] <= high
+    ]
 
 
 def source_changes(workspace: Workspace) -> list[str]:

@@ -456,9 +456,8 @@ def open_storage(uri: str) -> Storage:
     if "@" in parts.netloc:
         raise ValueError(f"{rule}, got credentials in the URI; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
     if parts.query or parts.fragment:
-        raise ValueError(
-            f"{rule} without ? and #, got {re.split('[?#]', uri)[0]!r} and more; set options such as AWS_ENDPOINT_URL_S3 as variables"
-        )
+        got = re.split("[?#]", uri)[0]  # what stands behind it may be a secret
+        raise ValueError(f"{rule} without ? and #, got them behind {got!r}; set such options as variables")
     if parts.scheme == "s3" and re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]", parts.netloc):
         return _S3(parts.netloc, _clean(parts.path.strip("/")))
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):

@@ -215,7 +215,8 @@ def _misworded(code: int, out: str, err: str, file: Path) -> str:
     is_whole = re.search(
         "file must|a key of the file must", said
     )  # the file is no YAML, or its top level is none of ours
-    if "--set" not in said and not is_whole and not set(re.findall(r"\w+", said)) & KEYS:
+    is_junk = said.split(".")[0].partition(" must ")[0] in WORDS  # a key that the file has and no experiment knows
+    if "--set" not in said and not is_whole and not is_junk and not set(re.findall(r"\w+", said)) & KEYS:
         return f"names no key: {line[:300]!r}"
     return ""
 
