@@ -301,8 +301,8 @@ def facts_of(directory: Path, split: Split) -> dict[str, Any]:
 
     Returns:
         `num_images`, `shape` [C, H, W] of what a model sees, `dtype` and `codec` of what is stored, `num_classes`,
-        `absent_class` (the first without an image, or None), `rms` (root mean square of what a model sees), `features` [T, D] or None, `image_size` of the pixels that
-        were kept or None, and `has_captions`.
+        `absent_class` (the first without an image, or None), `rms` (root mean square of what a model sees), `features`
+        [T, D] or None, `image_size` of the pixels that were kept or None, and `has_captions`.
 
     Raises:
         ValueError: see read_shards.
