@@ -90,11 +90,17 @@ def _fail(where: str, error: Exception) -> int:
 
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, StoppedError):
-        print(f"{text}; the same command goes on from there", file=sys.stderr)
+        _say(f"{text}; the same command goes on from there")
         return FAILED
-    print(f"error: {text}" if text.startswith(f"{where}:") else f"error: {where}: {text}", file=sys.stderr)
+    _say(f"error: {text}" if text.startswith(f"{where}:") else f"error: {where}: {text}")
     wrong_input = isinstance(error, ValueError | CorruptError) and not isinstance(error, RunFailedError)
     return WRONG_INPUT if wrong_input else FAILED
+
+
+def _say(line: str) -> None:
+    """One line on stderr: what it quotes may be of any length, and control a terminal."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    print(shown if len(shown) <= 1200 else f"{shown[:800]} ... {shown[-300:]}", file=sys.stderr)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -106,7 +112,7 @@ class _Parser(argparse.ArgumentParser):
             close = difflib.get_close_matches(verb[1], VERBS, n=1, cutoff=0.5)
             nearest = f"; did you mean {close[0]!r}?" if close else ";"
             message = f"unknown verb {verb[1]!r}{nearest} known are {', '.join(VERBS)}"
-        print(f"error: {self.prog}: {message}; see {self.prog} --help", file=sys.stderr)
+        _say(f"error: {self.prog}: {message}; see {self.prog} --help")
         sys.exit(WRONG_INPUT)
 
 
@@ -412,7 +418,7 @@ def _replay(arguments: argparse.Namespace) -> dict[str, Any]:
     from orchestration.run import open_place
 
     place = open_place()
-    answer: dict[str, Any] = {"tracking": place.tracking_uri, "spools": []}
+    answer: dict[str, Any] = {"tracking": tracking.without_password(place.tracking_uri), "spools": []}
     for spool in tracking.list_spools(place.storage):
         found = tracking.replay(place.storage, place.tracking_uri, spool)
         answer["spools"].append({"spool": spool, "sent": found.sent, "pending": found.pending})

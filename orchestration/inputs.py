@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 from orchestration.differences import recall_beside
@@ -32,7 +32,8 @@ from workers.models.sd3 import SD3Config
 from workers.pretrained import text_widths
 from workers.sources import is_there, list_source
 
-FACTS_VERSION = 1
+FACTS_VERSION = 2
+USUAL_RMS = 0.2, 5.0  # of what a model sees; noise has 1, and published latents are scaled to it
 
 
 class Checked(NamedTuple):
@@ -70,7 +71,8 @@ def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> Checked:
         _check_codec(experiment, experiment.codec)
     facts, warnings, to_encode = dict[str, Any](), list[str](), dict[str, int]()
     if workspace.artifact("data") and not (experiment.data.images and "data" in forced):
-        facts, warnings = check_data(workspace), source_changes(workspace)
+        facts = check_data(workspace)
+        warnings = [*source_changes(workspace), *odd_scales(facts)]
     elif experiment.data.images and experiment.codec:
         source = readable("data.images.source", experiment.data.images.source)
         with source, of_section("data.images", *Images.model_fields):
@@ -260,6 +262,17 @@ def check_data(workspace: Workspace) -> dict[str, Any]:
     if directory:
         storage.put(kept, json.dumps(facts).encode())
     return facts
+
+
+def odd_scales(facts: Mapping[str, Any]) -> list[str]:
+    """A line for a warning of each split whose values are far larger or smaller than the noise they are mixed with."""
+    low, high = USUAL_RMS
+    return [
+        f"data of {split} have a root mean square of {its['rms']:.3g} where models are made for about 1; compare the "
+        "codec's scale and shift with those of the data"
+        for split, its in facts.items()
+        if not low <= its["rms"] <= high
+    ]
 
 
 def source_changes(workspace: Workspace) -> list[str]:
@@ -458,7 +471,10 @@ def _bring(name: str, uri: str, target: Path) -> None:
         storage.copy_out(last, target)
         return
     for file in files:
-        path = target / file.removeprefix(f"{last}/")
+        below = file.removeprefix(f"{last}/")
+        if PurePosixPath(below).is_absolute() or {"", ".", ".."} & set(below.split("/")):
+            raise ValueError(f"{name} must hold files with names that stay below it, got {file!r}; rename it")
+        path = target / below
         path.parent.mkdir(parents=True, exist_ok=True)
         storage.copy_out(file, path)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from importlib import resources
 from pathlib import Path
@@ -24,18 +25,40 @@ PATHS = (
 )  # fmt: skip
 
 
+# Far beyond what experiments need. A few lines of YAML can stand for more values than fit any memory.
+MOST_BYTES, MOST_VALUES, DEEPEST = 2**18, 20_000, 30
+# What PyYAML raises at values that are not what their tags say, such as `!!int ""`, besides its own errors.
+_YAML_RAISES = (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
+
+
 class _Loader(yaml.SafeLoader):
-    """YAML in which 1e-4 is a number, as everybody expects, and in which a key given twice is an error."""
+    """YAML in which 1e-4 is a number and 2026-01-01 a text, as everybody expects, and a key given twice is an error."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         """See yaml.SafeLoader."""
-        keys = [key.value for key, _ in node.value]
-        twice = next((key for key in keys if isinstance(key, str) and keys.count(key) > 1), None)
+        keys = Counter(key.value for key, _ in node.value if isinstance(key.value, str))
+        twice = next((key for key, count in keys.items() if count > 1), None)
         if twice is not None:
             raise yaml.constructor.ConstructorError(None, None, f"the key {twice!r} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
+    def fetch_flow_collection_start(self, token: Any) -> None:
+        """See yaml.SafeLoader, whose scanner takes long over open brackets."""
+        if self.flow_level > DEEPEST:
+            raise yaml.scanner.ScannerError(None, None, "it is nested too deeply", self.get_mark())
+        super().fetch_flow_collection_start(token)
 
+    def flatten_mapping(self, node: yaml.MappingNode) -> None:
+        """See yaml.SafeLoader: takes merged maps in, which can stand in one another many times."""
+        super().flatten_mapping(node)
+        if len(node.value) > MOST_VALUES:
+            raise yaml.constructor.ConstructorError(None, None, "too much is merged by <<", node.start_mark)
+
+
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, regexp) for tag, regexp in resolvers if not tag.endswith(":timestamp")]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"), list("-+0123456789")
 )
@@ -166,8 +189,6 @@ def validated(name: str, raw: dict[str, Any]) -> Experiment:
         return Experiment.model_validate_json(json.dumps(raw))
     except ValidationError as error:
         raise ValueError(f"{name}: {one_line(error, Experiment)}") from error
-    except TypeError as error:
-        raise ValueError(f"{name}: values must be plain YAML numbers, strings, lists or maps; {error}") from error
 
 
 def to_be_given(section: Any, where: str = "") -> list[str]:
@@ -233,13 +254,52 @@ def _read(name: str) -> dict[str, Any]:
         raise ValueError(
             f"unknown recipe {name!r}{nearest(name, recipes())}; available are {', '.join(recipes())}, or a .yaml file"
         )
+    if len(text) > MOST_BYTES:
+        raise ValueError(f"experiment file must have at most {MOST_BYTES} characters, got {len(text)} in {name!r}")
     try:
         raw = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"experiment file must be YAML, got {name!r}; {' '.join(str(error).split())}") from error
+    except _YAML_RAISES as error:
+        raise ValueError(f"experiment file must be YAML, got {name!r}; {_reason(error)}") from error
+    raw = _plain(raw)
     if not isinstance(raw, dict):
         raise ValueError(f"experiment file must be a map of settings, got {type(raw).__name__} in {name!r}; correct it")
     return raw
+
+
+def _reason(error: Exception) -> str:
+    text = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+    return " ".join(text.split())
+
+
+def _plain(value: Any, where: str = "", left: Iterator[int] | None = None, depth: int = 0) -> Any:
+    """A copy of what YAML gave, in which no two places share a list or map.
+
+    Raises:
+        ValueError: it holds other things than JSON does, or more of them or deeper than any experiment.
+    """
+    left = iter(range(MOST_VALUES)) if left is None else left
+    if next(left, None) is None or depth > DEEPEST:
+        raise ValueError(
+            f"{where} must not lie beyond {MOST_VALUES} values or {DEEPEST} deep, aliases followed; shorten it"
+        )
+    if isinstance(value, dict):
+        odd = [key for key in value if not isinstance(key, str)]
+        if odd:
+            raise ValueError(f"{where or 'the file'} must have texts as keys, got {odd[0]!r}; put it in quotes")
+        return {
+            _plain(key, f"a key of {where or 'the file'}"): _plain(
+                inner, f"{where}.{key}" if where else key, left, depth + 1
+            )
+            for key, inner in value.items()
+        }
+    if isinstance(value, list):
+        return [_plain(inner, f"{where}.{place}", left, depth + 1) for place, inner in enumerate(value)]
+    if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+        raise ValueError(f"{where} must be text of whole Unicode characters, got {value!r}; correct it")
+    if value is not None and not isinstance(value, str | int | float):
+        kind = type(value).__name__
+        raise ValueError(f"{where} must be a plain YAML number, text, list or map, got a {kind}; correct it")
+    return value
 
 
 def _apply(raw: dict[str, Any], override: str) -> None:
@@ -248,8 +308,9 @@ def _apply(raw: dict[str, Any], override: str) -> None:
         raise ValueError(f"--set must be dotted.key=value, got {override!r}")
     try:
         value = yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except _YAML_RAISES as error:
         raise ValueError(f"--set {key} must have a value that is YAML, got {text!r}") from error
+    value = _plain(value, _plain(f"--set {key}", "--set"))
     if key.endswith("sha256") and not (text and value is None):
         value = text  # 64 digits are a number in YAML
     put(raw, key, value)
@@ -262,6 +323,8 @@ def put(raw: dict[str, Any], key: str, value: Any) -> None:
         ValueError: the key leads through a value that is no section, or beyond the end of a list.
     """
     *parents, last = (ALIASED if key == ALIAS else key).split(".")
+    if len(parents) > DEEPEST:
+        raise ValueError(f"--set {key[:60]}... must be a key at most {DEEPEST} deep, got {len(parents)}; shorten it")
     target: Any = raw
     for parent in parents:
         target = _step(target, parent, key)
@@ -272,10 +335,8 @@ def put(raw: dict[str, Any], key: str, value: Any) -> None:
 
 
 def _step(target: Any, part: str, key: str) -> Any:
-    if isinstance(target, list):
-        return target[_index(target, part, key)]
-    inner = target.setdefault(part, {})
-    if inner is None:
+    inner = target[_index(target, part, key)] if isinstance(target, list) else target.setdefault(part, {})
+    if inner is None and isinstance(target, dict):
         inner = target[part] = {}
     if not isinstance(inner, dict | list):
         raise ValueError(f"--set {key}: {part} must be a section, got the value {inner!r}")
@@ -283,6 +344,6 @@ def _step(target: Any, part: str, key: str) -> Any:
 
 
 def _index(target: list[Any], part: str, key: str) -> int:
-    if not part.isdecimal() or int(part) >= len(target):
+    if not re.fullmatch(r"[0-9]{1,6}", part) or int(part) >= len(target):
         raise ValueError(f"--set {key}: {part!r} must be a place in a list of {len(target)}, counted from 0")
     return int(part)

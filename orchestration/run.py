@@ -319,10 +319,10 @@ def _place_report(workspace: Workspace) -> str:
 
 def delivered(recorder: Recorder, place: Place, progress: Progress) -> dict[str, Any]:
     """Where MLflow has it, after waiting for MLflow; a warning where it has not taken everything."""
-    status = recorder.delivered()
+    status, shown = recorder.delivered(), tracking.without_password(place.tracking_uri)
     if status["pending"]:
         progress.say(
-            f"warning: MLflow at {place.tracking_uri} has not taken {status['pending']} events "
+            f"warning: MLflow at {shown} has not taken {status['pending']} events "
             f"({status['last_error']}); they are kept, `mixflow replay` sends them later"
         )
-    return {"uri": place.tracking_uri, "parent_run": status["run_id"], "pending": status["pending"]}
+    return {"uri": shown, "parent_run": status["run_id"], "pending": status["pending"]}

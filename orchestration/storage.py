@@ -456,7 +456,8 @@ def open_storage(uri: str) -> Storage:
     if "@" in parts.netloc:
         raise ValueError(f"{rule}, got credentials in the URI; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY instead")
     if parts.query or parts.fragment:
-        raise ValueError(f"{rule} without ? and #, got {uri!r}; set options such as AWS_ENDPOINT_URL_S3 as variables")
+        got = re.split("[?#]", uri)[0]  # what stands behind it may be a secret
+        raise ValueError(f"{rule} without ? and #, got them behind {got!r}; set such options as variables")
     if parts.scheme == "s3" and re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]", parts.netloc):
         return _S3(parts.netloc, _clean(parts.path.strip("/")))
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
@@ -483,8 +484,9 @@ def s3_environment(environ: Mapping[str, str]) -> dict[str, str]:
         raise ValueError(f"{source} must be a URL such as http://127.0.0.1:9000, got {got!r}; correct it")
     mlflow = given.get("MLFLOW_S3_ENDPOINT_URL", endpoint)
     if mlflow.rstrip("/") != endpoint.rstrip("/"):
+        got = mlflow.rpartition("@")[2]
         raise ValueError(
-            f"MLFLOW_S3_ENDPOINT_URL must equal {source} ({endpoint}), got {mlflow}; unset it, it is set from {source}"
+            f"MLFLOW_S3_ENDPOINT_URL must equal {source} ({endpoint}), got {got}; unset it, it is set from {source}"
         )
     wanted = dict.fromkeys(names, endpoint) | {
         # Servers other than AWS's refuse or ignore the checksums that the SDKs add by default.

@@ -476,7 +476,9 @@ class _Sender:
     def one_line(self, error: Exception) -> str:
         text = " ".join(f"{type(error).__name__}: {error}".split())
         password = urlsplit(self._uri).password
-        return (text.replace(password, "***") if password else text)[:500]
+        for secret in (password, unquote(password)) if password else ():
+            text = text.replace(secret, "***")
+        return without_password(text)[:500]
 
     def _start(self, event: Event) -> None:
         key, params = event["run"], dict(event["params"])
@@ -870,10 +872,10 @@ def is_http(uri: str) -> bool:
     return uri.startswith(("http://", "https://"))
 
 
-def without_password(uri: str) -> str:
-    """A URI as it may be shown."""
-    password = urlsplit(uri).password
-    return uri.replace(f":{password}@", ":***@") if password else uri
+def without_password(text: str) -> str:
+    """A URI, or a text with URIs in it, as it may be shown: what stands for passwords in them is starred out."""
+    starred = re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)  # to the last @, as a password may hold one unquoted
+    return re.sub(r"([?&;](?:\w*password|token)=)[^&;\s]+", r"\1***", starred)
 
 
 def _now_ms() -> int:

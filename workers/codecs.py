@@ -6,7 +6,6 @@ Three words: `pixels` are uint8 images, `stored` is what a data set keeps of the
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 import time
 from collections.abc import Iterator
@@ -25,7 +24,7 @@ from torch.nn import functional
 from workers.data import to_latent
 from workers.manifest import measure
 from workers.models.rae_decoder import load_rae_decoder, load_rae_statistics
-from workers.pretrained import load_dinov2, load_vae
+from workers.pretrained import load_dinov2, load_vae, read_json
 
 Rounding = Literal["round", "half_up", "truncate"]
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -230,7 +229,7 @@ class VaeCodec(Codec):
 
 def _check_scaling(name: str, directory: str, config: CodecConfig) -> None:
     """Compares with what the config.json states itself: older published ones state nothing, and a null shift is 0."""
-    stated = json.loads((Path(directory) / "config.json").read_text())
+    stated = read_json(Path(directory) / "config.json")
     for setting, key in (("scale", "scaling_factor"), ("shift", "shift_factor")):
         mine = getattr(config, setting)
         if (its := stated.get(key, mine) or 0.0) != mine:

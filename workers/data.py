@@ -23,12 +23,13 @@ from torch import Tensor
 from mixflow_core.rng import generator, shard_position
 from workers.columns import as_column, describe_column, from_column, write_table
 from workers.config import RunConfig
-from workers.manifest import MANIFEST, Manifest
+from workers.manifest import MANIFEST, CorruptError, Manifest
 from workers.models.sit import drop_labels
 
 SCHEMA_VERSION = 3
 Split = Literal["train", "held_out"]
 SPLITS: tuple[Split, ...] = ("train", "held_out")
+MOST_BYTES = 2**32  # of one shard in memory
 CAPTIONS_A_FILE = 256  # embeddings of SD3.5 are 2.6 MiB each
 ARRAYS = ("images", "labels", "features", "pixels")
 
@@ -300,14 +301,14 @@ def facts_of(directory: Path, split: Split) -> dict[str, Any]:
 
     Returns:
         `num_images`, `shape` [C, H, W] of what a model sees, `dtype` and `codec` of what is stored, `num_classes`,
-        `absent_class` (the first without an image, or None), `features` [T, D] or None, `image_size` of the pixels that
-        were kept or None, and `has_captions`.
+        `absent_class` (the first without an image, or None), `rms` (root mean square of what a model sees), `features`
+        [T, D] or None, `image_size` of the pixels that were kept or None, and `has_captions`.
 
     Raises:
         ValueError: see read_shards.
     """
     facts: dict[str, Any] = {}
-    present, count = np.zeros(0, bool), 0
+    present, count, squares = np.zeros(0, bool), 0, 0.0
     for part, num_classes in read_shards(directory, split):
         if not facts:
             present = np.zeros(num_classes, bool)
@@ -323,10 +324,12 @@ def facts_of(directory: Path, split: Split) -> dict[str, Any]:
             }
         present[part.labels] = True
         count += len(part.labels)
+        squares += float(part.x1(slice(None)).square().mean((1, 2, 3), dtype=torch.float64).sum())
     if split == SPLITS[0]:
         for _ in read_captions(directory):  # checked once, as they serve all splits
             pass
-    return {**facts, "num_images": count, "absent_class": None if present.all() else int(present.argmin())}
+    absent = None if present.all() else int(present.argmin())
+    return {**facts, "num_images": count, "absent_class": absent, "rms": math.sqrt(squares / count)}
 
 
 def read_captions(directory: Path) -> Iterator[CaptionTable]:
@@ -371,8 +374,18 @@ def _require_version(path: Path, version: int) -> None:
         raise ValueError(f"{path} must have schema version {SCHEMA_VERSION}, got {version}; write it anew")
 
 
+def _check_size(path: Path) -> None:
+    """A few repeated bytes of Parquet can stand for more images than any memory holds."""
+    about = pq.ParquetFile(path)
+    widths = [kind.byte_width if pa.types.is_fixed_size_binary(kind) else 8 for kind in about.schema_arrow.types]
+    size = about.metadata.num_rows * sum(widths)
+    if size > MOST_BYTES:
+        raise ValueError(f"it must unpack to at most {MOST_BYTES} bytes, got {size}; write fewer rows in a file")
+
+
 def _read_shard(path: Path) -> tuple[ImageSet, int]:
     try:
+        _check_size(path)
         table = pq.read_table(path)
         about = json.loads(table.schema.metadata[b"mixflow"])
         version, num_classes = about["schema_version"], about["num_classes"]
@@ -405,6 +418,9 @@ def open_shards(directory: Path, manifest: Manifest, cache: Path) -> dict[Split,
 
     Row groups of Parquet cannot be read at random one image at a time; a memory map can, and it is shared by all
     workers of a machine through the page cache.
+
+    Raises:
+        ValueError: see read_shards. CorruptError: a file is not what the manifest says, or was replaced meanwhile.
     """
     home = cache / f"{manifest.digest[:16]}-{SCHEMA_VERSION}"
     cache.mkdir(parents=True, exist_ok=True)
@@ -416,6 +432,9 @@ def open_shards(directory: Path, manifest: Manifest, cache: Path) -> dict[Split,
             for split in SPLITS:
                 _unpack(directory, split, scratch)
             _unpack_captions(directory, scratch)
+            if problems := manifest.problems(directory):  # looked at again: it may have been replaced while it was read
+                shutil.rmtree(scratch)
+                raise CorruptError(str(directory), *problems[0].split(" ", 1))
             (scratch / MANIFEST).write_text(Manifest.describe(scratch, {}).to_json())
             os.replace(scratch, home)
     captions = None

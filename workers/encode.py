@@ -41,6 +41,9 @@ from workers.pretrained import TextEncoders
 from workers.sources import Kind, Place, Reader, Source, list_source
 
 TRANSFORM = "adm_centre_crop"
+# Pillow knows dozens of formats, whatever a file is called, and for some of them starts programs of the machine.
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "PPM", "TIFF")
+MOST_PIXELS = 89_478_485  # from here on Pillow warns of bombs: it takes some 700 MB to decode and convert so many
 FEATURE_PATCH = 16  # pixels of the image for one alignment target
 CODEC_PATHS = ("weights", "decoder", "statistics")
 AHEAD = 2  # batches decoded while another is encoded
@@ -352,7 +355,9 @@ def _decode(content: bytes | None, image_size: int) -> np.ndarray | str:
     if content is None:
         return "has no bytes"
     try:
-        with Image.open(BytesIO(content)) as image:
+        with Image.open(BytesIO(content), formats=FORMATS) as image:
+            if image.width * image.height > MOST_PIXELS:
+                return f"has {image.width} x {image.height} pixels, more than {MOST_PIXELS} altogether"
             return centre_crop(image, image_size)
     except MemoryError:  # says something about this machine, not about the image
         raise

@@ -68,8 +68,11 @@ class Manifest:
             raw = json.loads(text)
             if raw["schema"] != SCHEMA_VERSION:
                 raise ValueError(f"manifest schema must be {SCHEMA_VERSION}, got {raw['schema']}")
-            return cls({name: FileEntry(**entry) for name, entry in raw["files"].items()}, raw["meta"])
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            files = {name: FileEntry(**entry) for name, entry in raw["files"].items()}
+            if not all(type(entry.size) is int and type(entry.sha256) is str for entry in files.values()):
+                raise TypeError("a file must have a whole number as size and a text as sha256")
+            return cls(files, raw["meta"])
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"not a manifest: {error}") from error
 
 

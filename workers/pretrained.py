@@ -5,6 +5,7 @@ Nothing is ever downloaded: a name of a model hub is not a directory, and is ref
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -36,7 +37,7 @@ def load_dinov2(directory: Path) -> Any:
     from transformers import AutoConfig, Dinov2Model, Dinov2WithRegistersModel
 
     kinds = {"dinov2": Dinov2Model, "dinov2_with_registers": Dinov2WithRegistersModel}
-    config = _load(AutoConfig, directory, "config.json")
+    config = _load(AutoConfig, directory, "config.json", trust_remote_code=False)  # else it would ask on the terminal
     if config.model_type not in kinds:
         raise ValueError(f"{directory} must hold a model of {' or '.join(kinds)}, got {config.model_type!r}")
     return _inference(_load(kinds[config.model_type], directory, "config.json", _complete=True, use_safetensors=True))
@@ -163,10 +164,42 @@ class Clip:
         return self.model.get_image_features(pixel_values=values.to(self.model.device)).pooler_output
 
 
+def check_index(index: Path) -> dict[str, str]:
+    """Which file of its directory holds each tensor, as an index says it.
+
+    Raises:
+        ValueError: it says it not, or names a file elsewhere.
+    """
+    listed = read_json(index).get("weight_map")
+    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
+        raise ValueError(f"{index} must have a weight_map of tensors to files, got none; get the directory anew")
+    outside = next((name for name in listed.values() if Path(name).name != name), None)
+    if outside is not None:
+        raise ValueError(f"{index} must list files beside it, got {outside!r}; get the directory anew")
+    return listed
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The map of settings in a JSON file.
+
+    Raises:
+        ValueError: there is none.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path} must be a readable JSON file; {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a map of settings, got a {type(content).__name__}; get the directory anew")
+    return content
+
+
 def _load(kind: Any, directory: Path, wanted: str, *, _complete: bool = False, **settings: Any) -> Any:
     """`kind.from_pretrained` of a local directory; `_complete` refuses a model whose file lacks or exceeds weights."""
     if not (Path(directory) / wanted).is_file():
         raise ValueError(f"{directory} must be a directory with a {wanted} in the layout of its library, got none")
+    for index in Path(directory).glob("*.index.json"):
+        check_index(index)
     _no_bars()
     if _complete:
         settings["output_loading_info"] = True

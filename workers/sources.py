@@ -15,7 +15,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
-from typing import Literal, NamedTuple
+from typing import IO, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +24,7 @@ from workers.manifest import canonical_hash
 
 Kind = Literal["folder", "webdataset", "parquet"]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
+MOST_TEXT = 2**20  # bytes of a label or caption
 COMPANIONS = (".txt", ".json", ".cls")  # lie beside images and are none
 _KIND_OF = {".tar": "webdataset", ".parquet": "parquet", **dict.fromkeys(IMAGE_SUFFIXES, "folder")}
 
@@ -208,19 +209,25 @@ def _captioned(root: Path, images: Sequence[str], files: set[str]) -> Iterator[_
         caption = PurePosixPath(file).with_suffix(".txt").as_posix()
         if caption not in files:
             raise _lacking("a .txt caption beside every image", str(root / file), True)
-        yield _image_file(root, file), _text((root / caption).read_bytes(), caption)
+        _regular(root / caption)
+        with (root / caption).open("rb") as content:
+            yield _image_file(root, file), _text(content, caption)
 
 
 def _image_file(root: Path, file: str) -> Place:
-    try:
-        about = (root / file).stat()
-    except OSError as error:
-        raise ValueError(
-            f"source must hold readable images, got {root / file} ({error.strerror}); remove it"
-        ) from error
-    if not stat.S_ISREG(about.st_mode):
-        raise ValueError(f"source must hold files as images, got the pipe or device {root / file}; remove it")
+    about = _regular(root / file)
     return Place(file, file, 0, about.st_size, about.st_mtime_ns)
+
+
+def _regular(path: Path) -> os.stat_result:
+    """What a file is; of pipes and devices there is no end."""
+    try:
+        about = path.stat()
+    except OSError as error:  # a broken link
+        raise ValueError(f"source must have readable files, got {path} ({error.strerror}); remove it") from error
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError(f"source must have regular files, got a pipe or device {path}; remove it")
+    return about
 
 
 # ------------------------------------------------------------------------------------------------------ WebDataset
@@ -260,7 +267,7 @@ def _tar(root: Path, file: str, captions: bool) -> Iterator[_Found]:
                     raise _lacking(f"a {what} for every image", name, captions)
                 content = tar.extractfile(wanted)
                 assert content, "only files are listed"
-                text = _text(content.read(), name)
+                text = _text(content, name)
                 place = Place(name, file, images[0].offset_data, images[0].size, changed_ns)
                 yield place, text if captions else _label(text, name)
     except (tarfile.TarError, OSError) as error:
@@ -320,7 +327,10 @@ def _holds_bytes(kind: pa.DataType) -> bool:
 # ---------------------------------------------------------------------------------------------------------- wording
 
 
-def _text(content: bytes, name: str) -> str:
+def _text(file: IO[bytes], name: str) -> str:
+    content = file.read(MOST_TEXT + 1)  # of a sparse file there may be more than any memory holds
+    if len(content) > MOST_TEXT:
+        raise ValueError(f"source must have labels and captions of at most {MOST_TEXT} bytes, got more for {name}")
     try:
         return content.decode("utf-8-sig").strip()
     except UnicodeDecodeError as error:
@@ -382,7 +392,7 @@ class Reader:
                 return self._cell(path, place)
             with path.open("rb") as file:
                 file.seek(place.at)
-                content = file.read(place.size if self.kind == "webdataset" else -1)
+                content = file.read(place.size + (self.kind == "folder"))  # one more: a file that has grown is noticed
         except (OSError, pa.ArrowException) as error:
             raise ValueError(f"source must be readable by every worker, got {path} ({error}); share it") from error
         if len(content) != place.size:

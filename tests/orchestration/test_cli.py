@@ -134,7 +134,7 @@ def recipe(tmp_path: Path) -> Callable[..., str]:
         ("model.num_classes=11", "model.num_classes must be 10 for the digits, got 11"),
         ("model.input_size=16", "model.input_size must be data.digits.image_size 8 with in_channels 1, got 16"),
         ("name=a/b", "name must match ^[A-Za-z0-9][A-Za-z0-9_.-]*$, got 'a/b'"),
-        ("name=2024-01-01", "values must be plain YAML numbers, strings, lists or maps; "),
+        ("name=!!binary aGk=", "--set name must be a plain YAML number, text, list or map, got a bytes; correct it"),
         ("data.shards=x", "data must give exactly one of 'digits', 'shards' and 'images'; remove or add one"),
         ("base.checkpoint=x.safetensors", "base must give exactly one of 'checkpoint' and 'train'"),
         ("base={checkpoint: x.safetensors}", "base must give 'checkpoint' and 'sha256' together; sha256sum FILE"),

@@ -106,6 +106,7 @@ def test_data_are_read_once_and_their_facts_kept(tmp_path, monkeypatch):
         "features": None,
         "image_size": 8,
         "has_captions": False,
+        "rms": pytest.approx(np.sqrt(np.mean((images["train"].images / 127.5 - 1.0) ** 2)), rel=1e-6),
     }
     monkeypatch.setattr(data, "facts_of", lambda *_: pytest.fail("read again"))
     check_data(workspace)

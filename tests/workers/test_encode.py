@@ -238,10 +238,10 @@ def test_a_mark_of_byte_order_is_no_part_of_a_caption(tmp_path):
 def test_what_cannot_be_read_as_an_image_file_is_refused_by_name(tmp_path):
     source = Path(class_folder(tmp_path / "source", pictures(30)))
     (source / "one" / "link.png").symlink_to(tmp_path / "nowhere.png")
-    assert f"source must hold readable images, got {source}/one/link.png (No such file" in refused(source)
+    assert f"source must have readable files, got {source}/one/link.png (No such file" in refused(source)
     (source / "one" / "link.png").unlink()
     os.mkfifo(source / "one" / "pipe.png")
-    assert f"source must hold files as images, got the pipe or device {source}/one/pipe.png" in refused(source)
+    assert f"source must have regular files, got a pipe or device {source}/one/pipe.png" in refused(source)
 
 
 @pytest.mark.parametrize("loop", ["itself", "above", "each other"])

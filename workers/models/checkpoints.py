@@ -29,7 +29,7 @@ HEADS = {width: heads for _, width, heads in SIT_SIZES.values()}
 # Whatever a file that was cut off or altered makes of torch's reader.
 _TORCH_RAISES = (
     pickle.UnpicklingError, RuntimeError, EOFError, OSError, LookupError, TypeError, ValueError, AttributeError,
-    AssertionError, struct.error,
+    AssertionError, struct.error, MemoryError, OverflowError, RecursionError,
 )  # fmt: skip
 NULL_ROWS = {1000: 0.0, 1001: 0.1}  # rows of an ImageNet label table -> the dropout its published training used
 
@@ -71,6 +71,11 @@ def load_weights(path: Path) -> dict[str, Tensor]:
                 f"checkpoint {path.name} must hold dense tensors of plain numbers, got another kind in {name} "
                 f"({_kind_of(value)}); convert it (to_dense, dequantize) and save it again"
             )
+        if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(
+                f"checkpoint {path.name} must hold every number of its tensors, got {tuple(value.shape)} made of "
+                f"{value.untyped_storage().nbytes()} bytes in {name}; save it again after contiguous()"
+            )
     return _renamed(dict(weights))
 
 
@@ -86,14 +91,23 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 
 
 def _check_sums(path: Path) -> None:
-    """Torch writes a zip with a checksum of each tensor, and does not look at it when it reads."""
+    """Torch writes a zip with a checksum of each tensor, and does not look at it when it reads.
+
+    It compresses nothing, so what unpacks to more than the file has is none of torch's.
+    """
     if not path.is_file():
         return
     with path.open("rb") as file:
-        if file.read(2) != b"PK":  # older files are no zips
-            return
+        head = file.read(2)
+    if head[:1] not in (b"P", b"\x80"):  # of tars, which torch would unpack first, it wrote its last in 2017
+        raise _unreadable(path, ValueError("neither a zip nor a pickle"))
+    if head != b"PK":  # older files are no zips
+        return
     try:
         with zipfile.ZipFile(path) as archive:
+            members = archive.infolist()
+            if any(m.compress_type for m in members) or sum(m.file_size for m in members) > path.stat().st_size:
+                raise zipfile.BadZipFile("it is compressed")
             altered = archive.testzip()
     except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, *_TORCH_RAISES) as error:
         raise _unreadable(path, error) from error

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from mixflow_core.rng import generator
-from workers.pretrained import build_sd3
+from workers.pretrained import build_sd3, check_index, read_json
 
 # name: (num_layers, num_attention_heads, pos_embed_max_size, leading blocks with dual attention), as published
 SD3_SIZES = {"medium": (24, 24, 384, 13), "large": (38, 38, 192, 0)}
@@ -331,7 +331,7 @@ def load_sd3(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """
     if (directory / "model_index.json").is_file():
         directory = directory / "transformer"
-    content = _json(directory / "config.json")
+    content = read_json(directory / "config.json")
     if content.get("_class_name") != "SD3Transformer2DModel":
         raise ValueError(f"{directory} must hold an SD3Transformer2DModel, got {content.get('_class_name')!r}")
     # Absent from files that were written before diffusers had them.
@@ -354,9 +354,7 @@ def load_sd3(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 def _load_parts(index: Path) -> dict[str, Tensor]:
     """The tensors of several files, which are those that their index lists."""
-    listed = _json(index).get("weight_map")
-    if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
-        raise ValueError(f"{index} must have a weight_map of tensors to files, got none; get the directory anew")
+    listed = check_index(index)
     weights: dict[str, Tensor] = {}
     for name in sorted(set(listed.values())):
         part = _load(index.parent / name)
@@ -444,13 +442,3 @@ def _load(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{path} must be a readable safetensors file; {error}") from error
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path} must be a readable JSON file; {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a map of settings, got a {type(content).__name__}; get the directory anew")
-    return content

@@ -56,6 +56,6 @@ def _code_in(path: Path, head: bytes, said: str) -> str | None:
                 name = str(argument).replace(" ", ".") if operation.name == "GLOBAL" else ".".join(texts[-2:])
                 if not name.startswith(_TENSORS):
                     return name
-    except ValueError:  # it ends too early, or is no pickle any more
+    except (ValueError, MemoryError, OverflowError):  # it ends too early, or is no pickle any more
         return None
     return None
