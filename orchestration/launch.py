@@ -243,11 +243,12 @@ def _fit(
         "name": f"{workspace.experiment.name}-{uuid.uuid4().hex[:8]}",
     }
     gpu = cluster.gpus_per_worker > 0
+    scaling: Any = ray.train.ScalingConfig  # to a type checker that of Train's first version, without elastic groups
     trainer = TorchTrainer(
         worker_entry,  # type: ignore[arg-type]  # its annotation forbids the return value that Result carries
         train_loop_config=config,
         torch_config=GroupConfig(backend="nccl" if gpu else "gloo"),
-        scaling_config=ray.train.ScalingConfig(
+        scaling_config=scaling(
             num_workers=cluster.num_workers,
             use_gpu=gpu,
             resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},

@@ -134,8 +134,8 @@ def ray_head(name: str, log: Path, **variables: str) -> Iterator[dict[str, str]]
         process = psutil.Popen(command, env=env, stdout=out, stderr=out)
     address = f"http://127.0.0.1:{dashboard}"
     try:
-        wait_until(lambda: _answers(f"{address}/api/gcs_healthz"), "Ray's job server starts")
-        wait_until(lambda: _answers(f"http://127.0.0.1:{agent}/api/local_raylet_healthz"), "Ray's agent starts")
+        wait_until(lambda: answers(f"{address}/api/gcs_healthz"), "Ray's job server starts")
+        wait_until(lambda: answers(f"http://127.0.0.1:{agent}/api/local_raylet_healthz"), "Ray's agent starts")
         yield {**env, "RAY_API_SERVER_ADDRESS": address, "SESSION": directory}
     finally:
         for each in [*process.children(recursive=True), process]:
@@ -144,7 +144,8 @@ def ray_head(name: str, log: Path, **variables: str) -> Iterator[dict[str, str]]
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether a GET of the URL is answered with 200."""
     try:
         with urllib.request.urlopen(url, timeout=5) as answer:
             return bool(answer.status == 200)
