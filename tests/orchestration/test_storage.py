@@ -17,7 +17,8 @@ from pathlib import Path
 import boto3
 import pytest
 
-from orchestration.storage import CorruptError, Storage, open_storage, s3_environment
+from orchestration.s3_client import s3_environment
+from orchestration.storage import CorruptError, Storage, open_storage
 
 LARGE = 9 * 2**20  # bytes; above the size from which S3 files travel in parts
 KILL_AT_COMMIT = """
@@ -111,7 +112,7 @@ def test_put_replaces_and_read_gives_the_bytes(storage: Storage, raw: Raw) -> No
 
 def test_a_put_carries_its_md5(moto_s3: str) -> None:
     storage, sent = open_storage(moto_s3), []
-    client = storage._client  # type: ignore[attr-defined]  # the S3 one has it
+    client = storage.client.boto  # type: ignore[attr-defined]  # the S3 one has it
     client.meta.events.register(
         "before-send.s3.PutObject", lambda request, **_: sent.append(request.headers["Content-MD5"])
     )
@@ -173,7 +174,7 @@ def stop_after_first_removal(patch: pytest.MonkeyPatch, storage: Storage) -> Non
     if storage.is_local:
         removals = [(os, "unlink"), (os, "remove"), (Path, "unlink")]
     else:
-        removals = [(storage._client, "delete_object")]  # type: ignore[attr-defined]  # the S3 one has it
+        removals = [(storage.client.boto, "delete_object")]  # type: ignore[attr-defined]  # the S3 one has it
     for owner, name in removals:
         original = getattr(owner, name)
 
@@ -405,10 +406,10 @@ def test_a_pickle_is_the_uri_alone_and_works_elsewhere(storage: Storage) -> None
 def test_a_client_is_made_anew_after_a_fork(moto_s3: str) -> None:
     storage = open_storage(moto_s3)
     storage.put("object", b"content")
-    before = storage._client  # type: ignore[attr-defined]  # the S3 one has it
+    before = storage.client.boto  # type: ignore[attr-defined]  # the S3 one has it
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "getpid", lambda: -1)
-        assert storage._client is not before  # type: ignore[attr-defined]  # as above
+        assert storage.client.boto is not before  # type: ignore[attr-defined]  # as above
         assert storage.read("object") == b"content"
 
 
