@@ -14,12 +14,12 @@ import logging
 import os
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, TypeVar
 
 from orchestration.retry import AlteredError, GaveUpError, Patience
 from orchestration.s3_client import PATIENT, PREFLIGHT, S3Client, diagnosis, status_of
@@ -28,6 +28,7 @@ from workers.disk import room_for
 from workers.manifest import MANIFEST, CorruptError, FileEntry, Manifest
 
 log = logging.getLogger(__name__)
+A, B = TypeVar("A"), TypeVar("B")
 Found = list[dict[str, Any]]  # inside the class, `list` is its method
 
 PART = 8 * 2**20  # bytes; files from this size on travel in parts, the lower end of what AWS recommends
@@ -130,9 +131,9 @@ class S3Storage(Storage):
         temp = target.with_name(f".{uuid.uuid4().hex}.part")
         with room_for(target, size):
             try:
-                with temp.open("wb") as file, ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
-                    for start, data in pool.map(lambda start: self._range(path, start, size), range(0, size, PART)):
-                        os.pwrite(file.fileno(), data, start)
+                with temp.open("wb") as file:
+                    for data in _in_order(lambda start: self._range(path, start, size), range(0, size, PART)):
+                        file.write(data)
                 os.replace(temp, target)
             finally:
                 temp.unlink(missing_ok=True)
@@ -188,27 +189,28 @@ class S3Storage(Storage):
             raise
 
     def _put_parts(self, source: Path, path: str, entry: FileEntry, upload: dict[str, str]) -> Found:
-        """Sends the parts, a few at a time in memory, and makes sure that they are what `entry` says."""
+        """Sends the parts, and makes sure that together they are what `entry` says."""
         size, digest = max(PART, -(-entry.size // MAX_PARTS)), hashlib.sha256()
-        done: Found = []
-        sent: deque[Future[dict[str, Any]]] = deque()
-        with source.open("rb") as file, ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
-            for number, data in enumerate(iter(lambda: file.read(size), b""), 1):
-                digest.update(data)
-                sent.append(pool.submit(self._put_part, path, upload | {"PartNumber": number}, data))
-                if len(sent) > PARTS_AT_ONCE:
-                    done.append(sent.popleft().result())
-            done += [part.result() for part in sent]
+
+        def put(part: tuple[int, bytes]) -> dict[str, Any]:
+            number, data = part
+            md5 = _md5(data)
+
+            def request(client: Any) -> Any:
+                return client.upload_part(**upload, PartNumber=number, Body=io.BytesIO(data), ContentMD5=md5)
+
+            return {"PartNumber": number, "ETag": self.client.call("PUT", path, request)["ETag"]}
+
+        def parts() -> Iterator[tuple[int, bytes]]:
+            with source.open("rb") as file:
+                for number, data in enumerate(iter(lambda: file.read(size), b""), 1):
+                    digest.update(data)
+                    yield number, data
+
+        done = list(_in_order(put, parts()))
         if digest.hexdigest() != entry.sha256:
             raise changed(source)
         return done
-
-    def _put_part(self, path: str, part: dict[str, Any], data: bytes) -> dict[str, Any]:
-        md5 = _md5(data)
-        answer = self.client.call(
-            "PUT", path, lambda client: client.upload_part(**part, Body=io.BytesIO(data), ContentMD5=md5)
-        )
-        return {"PartNumber": part["PartNumber"], "ETag": answer["ETag"]}
 
     def _complete(self, path: str, upload: dict[str, str], parts: Found, writer: str) -> None:
         def request(client: Any) -> bool:
@@ -230,8 +232,8 @@ class S3Storage(Storage):
 
         self.client.call("DELETE", path, request, again=again)
 
-    def _range(self, path: str, start: int, size: int) -> tuple[int, bytes]:
-        """One part of an object of `size` bytes, with where it begins."""
+    def _range(self, path: str, start: int, size: int) -> bytes:
+        """One part of an object of `size` bytes."""
         end = min(start + PART, size)
 
         def request(client: Any) -> bytes:
@@ -241,7 +243,7 @@ class S3Storage(Storage):
                 raise AlteredError(f"{len(data)} bytes came instead of {end - start}")
             return data
 
-        return start, self.client.call("GET", path, request)
+        return self.client.call("GET", path, request)
 
     def _verified(self, path: str, manifest: Manifest, into: Path) -> Path:
         for name, entry in manifest.files.items():
@@ -281,6 +283,18 @@ class S3Storage(Storage):
                 raise
             folder, _, name = path.rpartition("/")
             raise CorruptError(join(self.uri, folder), name, str(error)) from error
+
+
+def _in_order(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
+    """The results in order, a few at a time worked on, and no more than that in memory."""
+    with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
+        begun: deque[Future[B]] = deque()
+        for item in items:
+            begun.append(pool.submit(work, item))
+            if len(begun) > PARTS_AT_ONCE:
+                yield begun.popleft().result()
+        for result in begun:
+            yield result.result()
 
 
 def _sha256(data: bytes) -> str:
