@@ -28,7 +28,8 @@ from workers.disk import room_for
 from workers.manifest import MANIFEST, CorruptError, FileEntry, Manifest
 
 log = logging.getLogger(__name__)
-A, B = TypeVar("A"), TypeVar("B")
+A = TypeVar("A")
+B = TypeVar("B")
 Found = list[dict[str, Any]]  # inside the class, `list` is its method
 
 PART = 8 * 2**20  # bytes; files from this size on travel in parts, the lower end of what AWS recommends
