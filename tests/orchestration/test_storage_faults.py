@@ -551,7 +551,7 @@ def test_every_write_of_a_save_may_fail(tmp_path: Path) -> None:
 
 @pytest.mark.s3
 def test_faults_of_a_store_under_saves_and_restores(tmp_path: Path) -> None:
-    only = r"writes/s3/(02|05|08)|faults/(503|altered|lost|credentials|quota)"
+    only = r"writes/s3/08|faults/(altered|credentials|quota)"
     cases = campaign(tmp_path / "results", "--seconds", "2", "--only", only)
-    assert len(cases) == 9 + 9
+    assert len(cases) == 3 + 5
     assert all(case.get("hit", True) for case in cases)
