@@ -12,7 +12,8 @@ from importlib import metadata
 from typing import Any
 
 from orchestration import tracking
-from orchestration.storage import Storage, s3_environment
+from orchestration.s3_client import s3_environment
+from orchestration.storage import Storage
 from orchestration.workflow import code_version
 
 ANSWER_S = 120.0  # for a probe to start and answer: imports on a busy node take tens of seconds

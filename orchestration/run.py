@@ -21,7 +21,8 @@ from orchestration.launch import ControllerDiedError, Reporter, launch, start_re
 from orchestration.progress import Progress
 from orchestration.recording import Recorder
 from orchestration.report import text_table, write_report
-from orchestration.storage import Storage, open_storage, s3_environment
+from orchestration.s3_client import s3_environment
+from orchestration.storage import Storage, open_storage
 from orchestration.watch import watching
 from orchestration.workflow import Stage, Workspace, code_version, needed_for
 from workers import data as images

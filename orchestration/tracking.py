@@ -32,7 +32,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from orchestration.storage import Storage, s3_environment
+from orchestration.s3_client import s3_environment
+from orchestration.storage import Storage
 
 log = logging.getLogger(__name__)
 

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from workers.disk import NoRoomError, room_for
 from workers.manifest import CorruptError, Manifest, canonical_hash
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,11 @@ class TrainState:
         about = json.loads((directory / "run.json").read_text())
         return cls(about["step"], model, ema, optimizer, history, about.get("loss_sum", 0.0))
 
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all tensors, which is what a checkpoint takes but for its history."""
+        return sum(value.nbytes for part in (self.model, self.ema, self.optimizer) for value in part.values())
+
     def snapshot(self) -> TrainState:
         """A copy in CPU memory that later updates do not touch."""
 
@@ -93,6 +99,9 @@ class Files(Protocol):
 
     def set_aside(self, path: str, reason: str) -> None:
         """Marks a directory as not to be used."""
+
+    def discard_unfinished(self, prefix: str) -> None:
+        """Removes what a writer that died left of unfinished objects below a directory."""
 
 
 class CheckpointStore:
@@ -128,6 +137,7 @@ class CheckpointStore:
         """
         for left in Path(tempfile.gettempdir()).glob(f"{self._scratch}*"):  # by a writer that was killed
             shutil.rmtree(left, ignore_errors=True)
+        self.files.discard_unfinished(self.path)
         for name in reversed(self.names()):
             path = f"{self.path}/{name}"
             if "set-aside.json" in {p.rsplit("/", 1)[1] for p in self.files.list(path)}:
@@ -165,16 +175,24 @@ class CheckpointStore:
 
     def _write(self, state: TrainState, score: float | None) -> None:
         scratch = Path(tempfile.mkdtemp(prefix=self._scratch))
+        # A directory of its own for each attempt: a torn one is never completed by another's files.
+        path = f"{self.path}/step-{state.step:09d}-{uuid.uuid4().hex[:8]}"
         try:
-            state.write(scratch, self.about)
-            # A directory of its own for each attempt: a torn one is never completed by another's files.
-            path = f"{self.path}/step-{state.step:09d}-{uuid.uuid4().hex[:8]}"
-            self.files.publish(scratch, path, {"step": state.step, "score": score})
+            with room_for(scratch, state.num_bytes):
+                state.write(scratch, self.about)
+            self._publish(scratch, path, {"step": state.step, "score": score})
             self._retain()
         except BaseException as error:
             self._error = error  # raised in the training thread by the next wait()
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
+
+    def _publish(self, scratch: Path, path: str, meta: Mapping[str, Any]) -> None:
+        try:
+            self.files.publish(scratch, path, meta)
+        except NoRoomError:
+            self.files.delete(path)  # or what there is of it would fill the room that the next attempt needs
+            raise
 
     def _retain(self) -> None:
         found = [(name, self.files.manifest(f"{self.path}/{name}")) for name in self.names()]

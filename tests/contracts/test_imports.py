@@ -31,8 +31,8 @@ CONFINED = {
     "diffusers": ["workers/*.py"],
     "transformers": ["workers/*.py"],
     "peft": ["workers/*.py"],
-    "boto3": ["orchestration/storage.py"],
-    "botocore": ["orchestration/storage.py"],
+    "boto3": ["orchestration/s3_client.py"],
+    "botocore": ["orchestration/s3_client.py"],
     "mlflow": ["orchestration/tracking.py", "orchestration/tracked.py"],  # one writes, the other reads
     "psycopg2": ["orchestration/tracking.py"],
     "optuna": ["orchestration/space.py"],

@@ -33,11 +33,8 @@ def _steps(run: Run) -> int:
 
 
 def test_a_node_is_cut_off_and_another_comes(tmp_path: Path) -> None:
-    quiet = Run(
-        [*COMMAND, "--set", "cluster.num_workers=1"], tmp_path / "a", {"MIXFLOW_WORKSPACE": str(tmp_path / "a/ws")}
-    )
-    quiet.answer()
-    workspace = tmp_path / "b" / "ws"
+    alone, workspace = tmp_path / "a" / "ws", tmp_path / "b" / "ws"
+    Run([*COMMAND, "--set", "cluster.num_workers=1"], tmp_path / "a", {"MIXFLOW_WORKSPACE": str(alone)}).answer()
     with cluster_of(tmp_path / "nodes.log", 2, 3) as nodes:
         environment = {"MIXFLOW_WORKSPACE": str(workspace), "RAY_ADDRESS": nodes.address, "RAY_AUTH_MODE": "disabled"}
         run = Run([*COMMAND, "--set", "cluster.num_workers=[1,2]"], tmp_path / "b", environment)

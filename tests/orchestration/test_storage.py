@@ -14,10 +14,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import boto3
 import pytest
+from raw_storage import Raw
 
-from orchestration.storage import CorruptError, Storage, open_storage, s3_environment
+from orchestration.s3_client import s3_environment
+from orchestration.storage import CorruptError, Storage, open_storage
 
 LARGE = 9 * 2**20  # bytes; above the size from which S3 files travel in parts
 KILL_AT_COMMIT = """
@@ -41,40 +42,6 @@ files, path = FileSystem.from_uri(sys.argv[1])
 with files.open_input_stream(path + "/object") as source, files.open_output_stream(path + "/copy") as target:
     target.write(source.read())
 """
-
-
-class Raw:
-    """The stored bytes, without the code under test."""
-
-    def __init__(self, uri: str):
-        self.uri = uri
-        if uri.startswith("s3://"):
-            self.bucket, self.prefix = uri.removeprefix("s3://").split("/", 1)
-            self.client = boto3.client("s3")
-
-    def read(self, path: str) -> bytes:
-        if self.uri.startswith("s3://"):
-            return bytes(self.client.get_object(Bucket=self.bucket, Key=f"{self.prefix}/{path}")["Body"].read())
-        return Path(self.uri, path).read_bytes()
-
-    def write(self, path: str, data: bytes) -> None:
-        if self.uri.startswith("s3://"):
-            self.client.put_object(Bucket=self.bucket, Key=f"{self.prefix}/{path}", Body=data)
-        else:
-            Path(self.uri, path).parent.mkdir(parents=True, exist_ok=True)
-            Path(self.uri, path).write_bytes(data)
-
-    def delete(self, path: str) -> None:
-        if self.uri.startswith("s3://"):
-            self.client.delete_object(Bucket=self.bucket, Key=f"{self.prefix}/{path}")
-        else:
-            Path(self.uri, path).unlink()
-
-    def paths(self) -> set[str]:
-        if self.uri.startswith("s3://"):
-            found = self.client.list_objects_v2(Bucket=self.bucket, Prefix=self.prefix + "/").get("Contents", [])
-            return {entry["Key"].removeprefix(self.prefix + "/") for entry in found}
-        return {path.relative_to(self.uri).as_posix() for path in Path(self.uri).rglob("*") if path.is_file()}
 
 
 @pytest.fixture(params=["local", "moto", pytest.param("ceph", marks=pytest.mark.s3)])
@@ -111,7 +78,7 @@ def test_put_replaces_and_read_gives_the_bytes(storage: Storage, raw: Raw) -> No
 
 def test_a_put_carries_its_md5(moto_s3: str) -> None:
     storage, sent = open_storage(moto_s3), []
-    client = storage._client  # type: ignore[attr-defined]  # the S3 one has it
+    client = storage.client.boto  # type: ignore[attr-defined]  # the S3 one has it
     client.meta.events.register(
         "before-send.s3.PutObject", lambda request, **_: sent.append(request.headers["Content-MD5"])
     )
@@ -173,7 +140,7 @@ def stop_after_first_removal(patch: pytest.MonkeyPatch, storage: Storage) -> Non
     if storage.is_local:
         removals = [(os, "unlink"), (os, "remove"), (Path, "unlink")]
     else:
-        removals = [(storage._client, "delete_object")]  # type: ignore[attr-defined]  # the S3 one has it
+        removals = [(storage.client.boto, "delete_object")]  # type: ignore[attr-defined]  # the S3 one has it
     for owner, name in removals:
         original = getattr(owner, name)
 
@@ -405,10 +372,10 @@ def test_a_pickle_is_the_uri_alone_and_works_elsewhere(storage: Storage) -> None
 def test_a_client_is_made_anew_after_a_fork(moto_s3: str) -> None:
     storage = open_storage(moto_s3)
     storage.put("object", b"content")
-    before = storage._client  # type: ignore[attr-defined]  # the S3 one has it
+    before = storage.client.boto  # type: ignore[attr-defined]  # the S3 one has it
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "getpid", lambda: -1)
-        assert storage._client is not before  # type: ignore[attr-defined]  # as above
+        assert storage.client.boto is not before  # type: ignore[attr-defined]  # as above
         assert storage.read("object") == b"content"
 
 
@@ -497,78 +464,6 @@ def test_check_refuses_a_store_without_conditional_creation(moto_s3: str, monkey
     kind = type(open_storage(moto_s3))
     monkeypatch.setattr(kind, "put_new", lambda self, path, data: self.put(path, data) or True)
     assert "does not honour conditional creation" in refusal(moto_s3)
-
-
-# --- faults on the way to a real server ---
-
-
-@pytest.mark.s3
-@pytest.mark.parametrize("mode", ["http503", "http500", "reset"])
-def test_a_put_is_tried_again(mode: str, ceph_s3: str, fault_proxy: Callable[..., dict[str, int]]) -> None:
-    fault_proxy(mode=mode, methods=["PUT"], count=2)
-    open_storage(ceph_s3).put("object", b"content")
-    assert fault_proxy()["injected"] == 2
-    assert Raw(ceph_s3).read("object") == b"content"
-
-
-@pytest.mark.s3
-@pytest.mark.parametrize("mode", ["truncate", "reset"])
-def test_an_answer_that_breaks_off_is_read_again(
-    mode: str, ceph_s3: str, directory: Path, tmp_path: Path, fault_proxy: Callable[..., dict[str, int]]
-) -> None:
-    storage, content = open_storage(ceph_s3), os.urandom(2**20)
-    storage.put("object", content)
-    storage.publish(directory, "run/1")
-    fault_proxy(mode=mode, methods=["GET"], count=2, after=300_000)
-    assert storage.read("object") == content
-    assert fault_proxy()["injected"] == 2
-    fault_proxy(mode=mode, methods=["GET"], count=1, after=300_000)
-    storage.manifest("run/1")  # passes whole, being shorter than that
-    fault_proxy(mode=mode, methods=["GET"], count=4, after=300_000)
-    fetched = storage.fetch("run/1", tmp_path / "copy")
-    assert fault_proxy()["injected"] == 4
-    assert (fetched / "sub/large.bin").read_bytes() == (directory / "sub/large.bin").read_bytes()
-
-
-@pytest.mark.s3
-def test_put_new_knows_its_own_object_after_a_lost_answer(
-    ceph_s3: str, fault_proxy: Callable[..., dict[str, int]]
-) -> None:
-    storage = open_storage(ceph_s3)
-    fault_proxy(mode="lost", methods=["PUT"], count=1)
-    assert storage.put_new("claim", b"mine") is True
-    assert fault_proxy()["injected"] == 1
-    fault_proxy(mode="lost", methods=["PUT"], count=1)
-    assert storage.put_new("claim", b"mine") is False
-    assert Raw(ceph_s3).read("claim") == b"mine"
-
-
-@pytest.mark.s3
-@pytest.mark.parametrize("file", ["small.txt", "sub/large.bin"])
-def test_an_upload_altered_on_the_way_is_not_stored(
-    file: str, ceph_s3: str, directory: Path, fault_proxy: Callable[..., dict[str, int]]
-) -> None:
-    for other in ("small.txt", "empty", "sub/large.bin"):
-        if other != file:
-            (directory / other).unlink()
-    fault_proxy(mode="corrupt", methods=["PUT"], after=5)
-    with pytest.raises(OSError, match=rf"^PUT {ceph_s3}/run/1/{file}: ") as caught:
-        open_storage(ceph_s3).publish(directory, "run/1")
-    assert "\n" not in str(caught.value)
-    assert fault_proxy()["injected"] > 0
-    assert Raw(ceph_s3).paths() == set()
-
-
-@pytest.mark.s3
-def test_a_download_altered_on_the_way_is_fetched_again(
-    ceph_s3: str, directory: Path, tmp_path: Path, fault_proxy: Callable[..., dict[str, int]]
-) -> None:
-    storage = open_storage(ceph_s3)
-    (directory / "small.txt").write_bytes(os.urandom(100_000))
-    storage.publish(directory, "run/1")
-    fault_proxy(mode="corrupt", methods=["GET"], count=3, after=50_000)  # the manifest is shorter: it passes
-    fetched = storage.fetch("run/1", tmp_path / "copy")
-    assert (fetched / "small.txt").read_bytes() == (directory / "small.txt").read_bytes()
 
 
 def test_an_s3_failure_is_one_line_naming_operation_and_uri(moto_s3: str) -> None:

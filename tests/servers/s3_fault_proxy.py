@@ -16,7 +16,14 @@ import sys
 from asyncio import StreamReader, StreamWriter
 from dataclasses import dataclass
 
-ERRORS = {"http503": ("503 Slow Down", "SlowDown"), "http500": ("500 Internal Server Error", "InternalError")}
+ERRORS = {
+    "http429": ("429 Too Many Requests", "TooManyRequests"),
+    "http500": ("500 Internal Server Error", "InternalError"),
+    "http503": ("503 Slow Down", "SlowDown"),
+    "timeout400": ("400 Bad Request", "RequestTimeout"),
+    "expired": ("400 Bad Request", "ExpiredToken"),
+    "conflict409": ("409 Conflict", "OperationAborted"),
+}
 
 
 @dataclass
@@ -24,18 +31,23 @@ class Fault:
     """What happens to which requests.
 
     Attributes:
-        mode: ok; http500, http503 (answered here); blackhole (never answered); reset (connection reset, after `after`
+        mode: ok; one of ERRORS (answered here); blackhole (never answered); reset (connection reset, after `after`
             bytes of body if given); lost (the server acts, its answer is lost); truncate (the answer ends after `after`
-            bytes, headers included); corrupt (byte `after` of the upload's body, or else of the answer, is altered).
+            bytes, headers included); corrupt (byte `after` of the upload's body, or else of the answer, is altered);
+            slow (bytes pass at 1 kB/s each way, for as long as this is the fault).
         methods: HTTP methods concerned; empty for all.
         count: how many requests are hit; None for all.
         after: a number of bytes, see the modes.
+        skip: how many requests pass before the first that is hit.
+        then: what happens to every request after the `count` that were hit, of these methods or not: a mode.
     """
 
     mode: str = "ok"
     methods: tuple[str, ...] = ()
     count: int | None = None
     after: int = 0
+    skip: int = 0
+    then: str = "ok"
 
 
 class Cut(Exception):
@@ -61,7 +73,12 @@ class Proxy:
         """The mode for one request, which uses up one of the fault's count."""
         self.counts["requests"] += 1
         fault = self.fault
-        if fault.mode == "ok" or fault.count == 0 or (fault.methods and method not in fault.methods):
+        if fault.count == 0:
+            return fault.then
+        if fault.mode == "ok" or (fault.methods and method not in fault.methods):
+            return "ok"
+        if fault.skip:
+            fault.skip -= 1
             return "ok"
         if fault.count is not None:
             fault.count -= 1
@@ -89,7 +106,7 @@ class Proxy:
         from_server, to_server = await asyncio.open_connection("127.0.0.1", self.target)
         to_server.write(head.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"))
         upload = method in ("PUT", "POST") and mode in ("reset", "corrupt")
-        up = asyncio.create_task(self.pump(reader, to_server, mode if upload else "ok"))
+        up = asyncio.create_task(self.pump(reader, to_server, mode if upload or mode == "slow" else "ok"))
         down = asyncio.create_task(self.pump(from_server, writer, "ok" if upload else mode))
         try:
             done, _ = await asyncio.wait({up, down}, return_when=asyncio.FIRST_COMPLETED)
@@ -111,7 +128,9 @@ class Proxy:
     async def pump(self, reader: StreamReader, writer: StreamWriter, mode: str) -> None:
         """Carries bytes until the sender ends, or raises Cut where the fault ends it."""
         after, passed = self.fault.after, 0
-        while chunk := await reader.read(1 << 16):
+        while chunk := await reader.read(100 if self.fault.mode == mode == "slow" else 1 << 16):
+            if self.fault.mode == mode == "slow":
+                await asyncio.sleep(0.1)
             if mode in ("truncate", "reset") and passed + len(chunk) >= after:
                 writer.write(chunk[: after - passed])
                 await writer.drain()
