@@ -21,11 +21,12 @@ ALLOWED = {
     "mixflow_core": {"torch"},
     "workers": {"mixflow_core", "torch", "numpy", "pyarrow", "pydantic", "safetensors", "PIL", "sklearn"},
     "orchestration": {
-        "mixflow_core", "workers", "ray", "pydantic", "yaml", "pyarrow", "matplotlib", "jinja2", "tqdm"
+        "mixflow_core", "workers", "ray", "pydantic", "yaml", "pyarrow", "matplotlib", "jinja2", "tqdm",
+        "psutil",
     },
 }  # fmt: skip
 # what only these files may import
-WORKERS = ("stages", "measuring", "objective", "site", "nodes")  # of orchestration, what runs on a worker
+WORKERS = ("worker", "stages", "measuring", "objective", "site", "nodes")  # of orchestration, what runs on a worker
 CONFINED = {
     "torchdiffeq": ["mixflow_core/samplers.py"],
     "diffusers": ["workers/*.py"],
@@ -37,7 +38,7 @@ CONFINED = {
     "psycopg2": ["orchestration/tracking.py"],
     "optuna": ["orchestration/space.py"],
     # WORKERS' files and encode.py's Worker run on a worker; the others ask torch about the machine (DRIVER_TORCH).
-    "orchestration:torch": [f"orchestration/{name}.py" for name in (*WORKERS, "encode", "launch", "cluster", "doctor")],
+    "orchestration:torch": [f"orchestration/{name}.py" for name in (*WORKERS, "encode", "cluster", "doctor")],
     "orchestration:numpy": ["orchestration/measuring.py"],
     # run.py writes the weights of a base that was given.
     "orchestration:safetensors": [f"orchestration/{name}.py" for name in (*WORKERS, "run")],
