@@ -41,8 +41,12 @@ def connect(environment: dict[str, str], *, dashboard: bool = False) -> None:
 
     Args:
         environment: variables that every worker process needs; no secrets, they are shown by Ray.
-        dashboard: start Ray's dashboard with the cluster, on this machine alone. Sweeps need it: where a trial is
-            stopped, Ray Train gives its CPUs back only after it has asked the dashboard whether the run still lives.
+        dashboard: the cluster must have a dashboard; one that is started here is on this machine alone. Sweeps need it:
+            where a trial is stopped, Ray Train gives its CPUs back only after it has asked the dashboard whether the
+            run still lives.
+
+    Raises:
+        ValueError: RAY_ADDRESS names no cluster, or one without a dashboard that was asked for.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     check_address()
@@ -59,6 +63,10 @@ def connect(environment: dict[str, str], *, dashboard: bool = False) -> None:
         "logging_level": "ERROR",
         "log_to_driver": False,
     }
+    # Ray Train's cleaner asks from a worker, and would look for the one cluster of its machine, which may have several.
+    address = os.environ.get("RAY_ADDRESS") or _local_address()
+    if address not in ("auto", "local"):
+        variables["RAY_ADDRESS"] = address
     if os.environ.get("RAY_ADDRESS"):
         try:
             ray.init(**options)
@@ -67,8 +75,36 @@ def connect(environment: dict[str, str], *, dashboard: bool = False) -> None:
             raise ValueError(
                 f"RAY_ADDRESS must name a running cluster, got {os.environ['RAY_ADDRESS']!r}; {reason}"
             ) from error
+        if dashboard:
+            _check_dashboard()
     else:
         ray.init(address="local", include_dashboard=dashboard, object_store_memory=256 * 2**20, **options)
+
+
+def _local_address() -> str:
+    """Where the cluster that is started next on this machine will be: Ray takes the port from the environment."""
+    import ray
+
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    os.environ["RAY_GCS_SERVER_PORT"] = str(port)
+    return f"{ray.util.get_node_ip_address()}:{port}"
+
+
+def _check_dashboard() -> None:
+    from ray.exceptions import RaySystemError
+    from ray.util.state import list_nodes
+    from ray.util.state.exception import RayStateApiException
+
+    try:
+        list_nodes(limit=1, timeout=20)
+    except (OSError, RaySystemError, RayStateApiException, ValueError, AssertionError) as error:
+        got = f"{os.environ['RAY_ADDRESS']!r} without one ({' '.join(str(error).split())[:80]})"
+        raise ValueError(
+            f"RAY_ADDRESS must be a cluster with a dashboard for a sweep, got {got}; start its head with "
+            "--include-dashboard=true"
+        ) from error
 
 
 def is_joined() -> bool:
