@@ -160,6 +160,8 @@ def _encode(workspace: Workspace, cleanup: ExitStack, progress: Progress) -> Non
     assert experiment.data.images, "the caller knows"
     assert experiment.codec, "the experiment was validated"
     join(workspace, cleanup, progress)
+    is_elastic = asked.least_workers < asked.most_workers
+    num_workers = min(asked.most_workers, cluster.room_for(asked)) if is_elastic else asked.most_workers
 
     def tell(stage: str, done: int, total: int, metrics: Mapping[str, float]) -> None:
         progress.show({"stage": stage, "done": done, "total": total, "metrics": metrics})
@@ -169,7 +171,7 @@ def _encode(workspace: Workspace, cleanup: ExitStack, progress: Progress) -> Non
         workspace.path("data"),
         experiment.data.images,
         experiment.codec,
-        num_workers=min(asked.most_workers, cluster.room_for(asked)),
+        num_workers=num_workers,
         cpus_per_worker=asked.cpus_per_worker,
         gpus_per_worker=asked.gpus_per_worker,
         tell=tell,
