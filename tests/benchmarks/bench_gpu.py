@@ -85,7 +85,11 @@ class Unsaved(LocalIO):
     def restore(self) -> None:
         """There is nothing."""
 
-    def save(self, state: TrainState, score: float) -> None:
+    def stopping(self) -> bool:
+        """Nobody asks."""
+        return False
+
+    def save(self, state: TrainState, score: float | None) -> None:
         """Keeps nothing."""
 
     def wait(self) -> None:

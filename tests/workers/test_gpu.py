@@ -98,7 +98,10 @@ class Unsaved(LocalIO):
     def restore(self) -> None:
         return None
 
-    def save(self, state: TrainState, score: float) -> None:
+    def stopping(self) -> bool:
+        return False
+
+    def save(self, state: TrainState, score: float | None) -> None:
         pass
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
