@@ -13,19 +13,12 @@ import psutil
 import ray
 import ray.train
 import ray.train.torch
-import torch
 from ray.train.torch import TorchConfig
 from ray.train.torch.config import _TorchBackend
 
 from orchestration.cluster import NAMESPACE
-from orchestration.experiment import Experiment
 from orchestration.launch import Pulse, cache_directory
-from orchestration.site import Site
-from orchestration.stages import run_stages
-from orchestration.storage import open_storage
-from orchestration.workflow import Workspace
 from workers.io import StoppedError
-from workers.train import NonFiniteLossError
 
 log = logging.getLogger(__name__)
 ALIVE_EVERY_S = 1.0
@@ -55,6 +48,16 @@ def hear_sigterm() -> None:
 
 def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
     """What Ray Train starts on each worker: the thin layer between Ray and the stages."""
+    # Here, because driver and controller load this file too, and need none of it.
+    import torch
+
+    from orchestration.experiment import Experiment
+    from orchestration.site import Site
+    from orchestration.stages import run_stages
+    from orchestration.storage import open_storage
+    from orchestration.workflow import Workspace
+    from workers.train import NonFiniteLossError
+
     experiment = Experiment.model_validate_json(config["experiment"])
     torch.set_num_threads(max(1, int(experiment.cluster.cpus_per_worker)))
     context = ray.train.get_context()

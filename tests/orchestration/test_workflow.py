@@ -454,7 +454,7 @@ def enter(storage, monkeypatch) -> Iterator[Callable[..., dict[str, Any]]]:
     def call(rank: int, work: Callable[..., None], launched: str = "first") -> dict[str, Any]:
         context = SimpleNamespace(get_world_rank=lambda: rank, get_world_size=lambda: 2)
         monkeypatch.setattr("ray.train.get_context", lambda: context)
-        monkeypatch.setattr("orchestration.worker.run_stages", work)
+        monkeypatch.setattr(stages, "run_stages", work)
         monkeypatch.setattr("orchestration.worker.SignsOfLife", lambda *_: signs)
         return worker_entry({**about, "reporter": "one", "name": launched})
 
