@@ -9,6 +9,7 @@ from clusters import Run, results_of, small
 from mlflow import MlflowClient
 
 pytestmark = pytest.mark.ray
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("controller", "raylet", "reporter")]
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +86,7 @@ def _alter_a_checkpoint(workspace: Path) -> str:
     return f"{newest} is set aside: "
 
 
-@pytest.mark.parametrize("victim", ["worker", "controller", "driver", "raylet", "reporter"])
+@pytest.mark.parametrize("victim", ["worker", "driver", *SLOW])
 def test_kill_9_changes_nothing(victim: str, finished: tuple[Path, dict], tmp_path: Path) -> None:
     workspace = tmp_path / "ws"
     command = ["run", "quickstart", "--json", *small()]
