@@ -152,7 +152,8 @@ def check_resources(cluster: Cluster) -> None:
 
 def groups_that_fit(cluster: Cluster) -> int:
     """How many groups of workers such as an experiment's the cluster holds at once."""
-    return room_for(cluster) // cluster.most_workers or 1
+    room = room_for(cluster)
+    return room // cluster.most_workers or int(room >= cluster.least_workers)
 
 
 def room_for(cluster: Cluster) -> int:
