@@ -467,7 +467,7 @@ def main() -> int:
 
 def use_s3(endpoint: str, servers: Servers, scratch: Path) -> None:
     """Sets what a user sets, with the credentials in a file, where they can be replaced."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
+    for name in [name for name in os.environ if name.startswith(("AWS_", "MLFLOW_S3_"))]:
         del os.environ[name]
     os.environ.update(s3_servers.s3_variables(endpoint))
     del os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]

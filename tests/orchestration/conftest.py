@@ -13,6 +13,13 @@ import s3_servers
 from s3_servers import BUCKET, Ceph, Control, make_bucket, s3_variables
 
 
+@pytest.fixture(autouse=True)
+def s3_variables_are_put_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command run in this process sets its S3 variables for all of it; the next test starts without them."""
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "MLFLOW_S3_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+
+
 @pytest.fixture(scope="session")
 def moto_endpoint() -> Iterator[str]:
     from moto.server import ThreadedMotoServer

@@ -138,32 +138,37 @@ def test_a_newer_file_without_counts_of_batches_is_read(tmp_path, weights, net):
 VARIANCES = "Mixed_6d.branch1x1.bn.running_var"
 
 
-def hollow(**changes):
-    """The published names and shapes in a small file: one number stands for all of a tensor."""
-    weights = {name: torch.ones(()).expand(shape) for name, shape in published_keys("inception").items()}
+def ones(**changes):
+    """The published names and shapes, filled with ones."""
+    weights = {name: torch.ones(shape) for name, shape in published_keys("inception").items()}
     return {name: value for name, value in {**weights, **changes}.items() if value is not None}
 
 
-def test_a_hollow_file_is_sound(tmp_path):
-    torch.save(hollow(), tmp_path / "hollow.pth")
-    assert isinstance(load_inception(tmp_path / "hollow.pth"), FIDInception)
+def test_a_file_of_ones_is_sound(tmp_path):
+    torch.save(ones(), tmp_path / "ones.pth")
+    assert isinstance(load_inception(tmp_path / "ones.pth"), FIDInception)
 
 
 @pytest.mark.parametrize(
-    ("content", "problem"),
+    ("changes", "problem"),
     [
-        (hollow(**{"fc.weight": None}), "fc.weight is missing (1 in all)"),
-        (hollow(**{"AuxLogits.fc.bias": torch.ones(3)}), "AuxLogits.fc.bias is not part of it (1 in all)"),
-        (
-            hollow(**{"fc.weight": torch.ones(()).expand(1000, 2048)}),
-            "fc.weight has shape (1000, 2048) instead of (1008, 2048)",
-        ),
-        (hollow(**{VARIANCES: torch.ones(192).log().log()}), f"{VARIANCES} holds numbers that are not finite"),
-        ({"pos_embed": torch.zeros(2)}, "Conv2d_1a_3x3.bn.bias is missing (472 in all)"),
+        ({"fc.weight": None}, "fc.weight is missing (1 in all)"),
+        ({"AuxLogits.fc.bias": torch.ones(3)}, "AuxLogits.fc.bias is not part of it (1 in all)"),
+        ({"fc.weight": torch.ones(1000, 2048)}, "fc.weight has shape (1000, 2048) instead of (1008, 2048)"),
+        ({VARIANCES: torch.ones(192).log().log()}, f"{VARIANCES} holds numbers that are not finite"),
     ],
 )
-def test_other_weights_are_refused_in_one_line(tmp_path, content, problem):
-    path = tmp_path / "other.pth"
+def test_other_weights_are_refused_in_one_line(tmp_path, changes, problem):
+    assert_refused(tmp_path / "other.pth", ones(**changes), problem)
+
+
+def test_another_network_is_refused_in_one_line(tmp_path):
+    assert_refused(
+        tmp_path / "other.pth", {"pos_embed": torch.zeros(2)}, "Conv2d_1a_3x3.bn.bias is missing (472 in all)"
+    )
+
+
+def assert_refused(path, content, problem):
     torch.save(content, path)
     wanted = re.escape(f"other.pth must hold the FID-Inception's weights, but {problem}; get ")
     with pytest.raises(ValueError, match=f"^{wanted}") as caught:
@@ -185,7 +190,7 @@ class Code:
 
 def damaged(how, path, old):
     """Writes a file that cannot be read; old in the format of before torch 1.6."""
-    torch.save({"a": Code()} if how == "code" else hollow(), path, _use_new_zipfile_serialization=not old)
+    torch.save({"a": Code()} if how == "code" else ones(), path, _use_new_zipfile_serialization=not old)
     content = bytearray(path.read_bytes())
     if how == "cut":
         path.write_bytes(content[:-1000])
