@@ -41,7 +41,8 @@ def test_the_golden_values_are_those_of_the_class(file):
     found = PeerInception(file)(recipe_pixels(tuple(truth["shape"]), 7))
     for name, value in zip(OUTPUTS, found, strict=True):
         flat = value.flatten()[np.linspace(0, value.numel() - 1, 64).astype(int)]
-        torch.testing.assert_close(flat, torch.tensor(truth[name]["values"]), rtol=1e-6, atol=1e-6)
+        # The rounding of a CPU's convolutions, AVX2 or AVX-512: the same bound as between the two implementations.
+        assert distance(flat, torch.tensor(truth[name]["values"])) < 1e-5
 
 
 def distance(a, b):
