@@ -20,7 +20,11 @@ NUM_KILLS = 20
 
 def campaign(results: Path, kills: int, scratch: Path) -> subprocess.CompletedProcess[str]:
     """The campaign as a process of its own: it forks, which a process that ran other tests must not."""
-    command = [sys.executable, str(CAMPAIGN), "--kills", str(kills), "--results", str(results)]
+    return played(CAMPAIGN, "--kills", kills, results, scratch)
+
+
+def played(script: Path, option: str, number: int, results: Path, scratch: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(script), option, str(number), "--results", str(results)]
     return subprocess.run(
         command, env={**os.environ, "TMPDIR": str(scratch)}, capture_output=True, text=True, timeout=500, check=False
     )
@@ -47,6 +51,19 @@ def test_twenty_kills_change_no_bit(tmp_path, monkeypatch):
     assert set(manifest.files) == {
         "model.safetensors", "ema.safetensors", "optimizer.safetensors", "history.jsonl", "run.json"
     }  # fmt: skip
+
+
+def test_another_number_of_workers_changes_no_bit(tmp_path):
+    """Groups of 1, 2, 4, 3 and 1 workers, ended by SIGKILL of one of them or by a wish, in reproducible mode."""
+    results = tmp_path / "results.jsonl"
+    done = played(CAMPAIGN.parent / "workers_campaign.py", "--seeds", 2, results, tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    rounds = [json.loads(line) for line in results.read_text().splitlines()]
+    changes = [change for entry in rounds for change in entry["changes"]]
+    assert {(change["workers"], change["how"]) for change in changes} >= {(2, "stopped"), (2, "killed")}
+    assert all(change["from_step"] < change["to_step"] for change in changes), "every group made steps"
+    assert rounds[0]["equal"] is rounds[1]["equal"] is True
+    assert rounds[0]["digest"] == rounds[1]["digest"]
 
 
 def test_a_stopped_campaign_goes_on_and_says_when_a_round_is_not_equal(tmp_path):
