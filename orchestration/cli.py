@@ -200,7 +200,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(arguments: argparse.Namespace) -> dict[str, Any]:
-    from orchestration import tracking
+    from orchestration import mlflow_server
     from orchestration.recipe import load
     from orchestration.report import slow_flow_table
     from orchestration.run import open_place, run_experiment
@@ -229,7 +229,7 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
             print(f"{name}: {uri}")
         if "report" in outcome:
             print(f"report:  {outcome['report']}")
-        print(f"MLflow:  {tracking.ui_command(outcome['tracking']['uri'])}")
+        print(f"MLflow:  {mlflow_server.ui_command(outcome['tracking']['uri'])}")
     return outcome
 
 
@@ -255,7 +255,7 @@ def _measured_arm(experiment: Experiment, arm: str) -> str:
 
 
 def _sweep(arguments: argparse.Namespace) -> dict[str, Any]:
-    from orchestration import tracking
+    from orchestration import mlflow_server
     from orchestration.confirm import confirm
     from orchestration.recipe import load
     from orchestration.run import open_place
@@ -272,7 +272,7 @@ def _sweep(arguments: argparse.Namespace) -> dict[str, Any]:
         if "confirmed" in outcome:
             print(outcome["confirmed"]["table"])
             print(f"report:  {outcome['confirmed']['report']}")
-        print(f"MLflow:  {tracking.ui_command(outcome['tracking']['uri'])}")
+        print(f"MLflow:  {mlflow_server.ui_command(outcome['tracking']['uri'])}")
     return outcome
 
 
@@ -358,10 +358,10 @@ def _remake_report(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _compare(names: Sequence[str], arguments: argparse.Namespace) -> dict[str, Any]:
     from orchestration.comparison import write_comparison
+    from orchestration.mlflow_server import default_tracking_uri
     from orchestration.recipe import recipes
     from orchestration.run import open_workspace
     from orchestration.tracked import read_experiments
-    from orchestration.tracking import default_tracking_uri
 
     try:
         experiments = read_experiments(default_tracking_uri(open_workspace()), names)
@@ -414,13 +414,15 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _replay(arguments: argparse.Namespace) -> dict[str, Any]:
-    from orchestration import tracking
+    from orchestration.mlflow_server import without_password
     from orchestration.run import open_place
+    from orchestration.spool import list_spools
+    from orchestration.tracking import replay
 
     place = open_place()
-    answer: dict[str, Any] = {"tracking": tracking.without_password(place.tracking_uri), "spools": []}
-    for spool in tracking.list_spools(place.storage):
-        found = tracking.replay(place.storage, place.tracking_uri, spool)
+    answer: dict[str, Any] = {"tracking": without_password(place.tracking_uri), "spools": []}
+    for spool in list_spools(place.storage):
+        found = replay(place.storage, place.tracking_uri, spool)
         answer["spools"].append({"spool": spool, "sent": found.sent, "pending": found.pending})
         if not arguments.json:
             print(f"{spool}: {found.sent} events sent, {found.pending} still waiting")

@@ -14,7 +14,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from orchestration import cluster, nodes, tracking
+from orchestration import cluster, mlflow_server, nodes
 from orchestration.run import open_workspace
 
 GIB = 2**30
@@ -101,15 +101,15 @@ def _storage() -> str:
 
 
 def _tracking_uri() -> str:
-    return tracking.default_tracking_uri(open_workspace())
+    return mlflow_server.default_tracking_uri(open_workspace())
 
 
 def _mlflow() -> str:
     uri = _tracking_uri()
-    warning = tracking.check_tracking(uri)
+    warning = mlflow_server.check_tracking(uri)
     if warning:
         raise ValueError(warning)
-    return f"{tracking.ui_command(uri)} shows the runs"
+    return f"{mlflow_server.ui_command(uri)} shows the runs"
 
 
 def init_env(path: Path = COMPOSE_ENV) -> dict[str, Any]:

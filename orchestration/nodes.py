@@ -11,7 +11,7 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-from orchestration import tracking
+from orchestration import mlflow_server
 from orchestration.s3_client import s3_environment
 from orchestration.storage import Storage
 from orchestration.workflow import code_version
@@ -45,7 +45,7 @@ class Probe:
     def mlflow(self, uri: str) -> str:
         """What is wrong with MLflow as seen from here; empty if nothing is."""
         try:
-            return tracking.check_tracking(uri) or ""
+            return mlflow_server.check_tracking(uri) or ""
         except ValueError as error:
             return str(error)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from orchestration import cluster, sizes, tracking
+from orchestration import cluster, mlflow_server, sizes
 from orchestration.experiment import Experiment, is_captioned
 from orchestration.inputs import check_inputs
 from orchestration.run import Place
@@ -46,7 +46,7 @@ def make_plan(experiment: Experiment, place: Place) -> dict[str, Any]:
         "experiment": experiment.model_dump(mode="json"),
         "identity": experiment.identity,
         "workspace": place.storage.uri,
-        "tracking": tracking.without_password(place.tracking_uri),
+        "tracking": mlflow_server.without_password(place.tracking_uri),
         "warnings": [*place.warnings, *warnings],
         "stages": [{"name": name, "state": state} for name, state in states.items()],
         **costs(experiment),

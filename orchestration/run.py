@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orchestration import cluster, results, tracking
+from orchestration import cluster, mlflow_server, results
 from orchestration.encode import encode
 from orchestration.experiment import Experiment
 from orchestration.figures import slow_flow_plot
@@ -45,9 +45,9 @@ def open_place() -> Place:
         ValueError: one of them cannot be used; a tracking server that does not answer is only a warning.
     """
     storage = open_workspace()
-    tracking_uri = tracking.default_tracking_uri(storage)
+    tracking_uri = mlflow_server.default_tracking_uri(storage)
     storage.check()
-    warning = tracking.check_tracking(tracking_uri)
+    warning = mlflow_server.check_tracking(tracking_uri)
     return Place(storage, tracking_uri, [warning] if warning else [])
 
 
@@ -322,7 +322,7 @@ def _place_report(workspace: Workspace) -> str:
 
 def delivered(recorder: Recorder, place: Place, progress: Progress) -> dict[str, Any]:
     """Where MLflow has it, after waiting for MLflow; a warning where it has not taken everything."""
-    status, shown = recorder.delivered(), tracking.without_password(place.tracking_uri)
+    status, shown = recorder.delivered(), mlflow_server.without_password(place.tracking_uri)
     if status["pending"]:
         progress.say(
             f"warning: MLflow at {shown} has not taken {status['pending']} events "

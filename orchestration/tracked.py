@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from orchestration.mlflow_server import check_tracking, is_http, mlflow_client, sqlite_file, without_password
 from orchestration.results import cell_file
-from orchestration.tracking import check_tracking, is_http, mlflow_client, sqlite_file, without_password
 
 RESULTS = "results.json"
 CURVES = ("train/loss", "eval/loss")

@@ -6,49 +6,37 @@ deleted when MLflow has acknowledged all of it, so an empty spool means that eve
 step) arrives once: what may have reached MLflow without an answer is sent again unchanged, which MLflow stores once,
 and a step that MLflow already holds is skipped. One process owns a spool at a time.
 
-With tracked.py, which reads, the only file that imports mlflow, where it is used (3 s).
+With tracked.py, which reads, and mlflow_server.py, the only file that imports mlflow, where it is used (3 s).
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import logging
-import os
 import re
-import shlex
-import ssl
 import tempfile
 import threading
 import time
-import urllib.error
-import urllib.request
-import uuid
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from orchestration.s3_client import s3_environment
+from orchestration.mlflow_server import ask, is_http, mlflow_client, without_password
+from orchestration.spool import Batch, Event, Spool, weight
 from orchestration.storage import Storage
 
 log = logging.getLogger(__name__)
 
-SPOOLS = "tracking"  # every spool is a directory below this one
-HEADER = "spool.json"  # names the experiment, for `replay`
 RUN_KEY = "mixflow.run_key"  # the tag that says which of our runs an MLflow run is
 CLAIMED = "mixflow.claimed"  # set once we know the run's id; a run without it stems from a request that got no answer
 CONFLICTS = "mixflow.param_conflicts"
-DRIVER = "postgresql+psycopg2"
 
 SPOOL_EVERY_S = 1.0  # at most this much is lost to a kill between two calls of `flush`
 RETRY_S = 2.0
 STALLED_S = 5.0  # drain waits this long for MLflow to make progress again
 HOPELESS_S = 60.0  # MLflow fails this one event for that long, but answers otherwise: set it aside
-ANSWER_S = 5.0
 BATCH_EVENTS = 5000
 # MLflow's own limits of one request, and of the length of a parameter.
 AT_ONCE = {"metrics": 1000, "params": 100, "tags": 100}
@@ -56,8 +44,6 @@ MAX_PARAM_CHARS = 5999
 # MLflow's answers that repeating the request cannot change. Anything else may be an outage, whose events must be kept.
 REFUSALS = {"INVALID_PARAMETER_VALUE", "INVALID_STATE", "RESOURCE_DOES_NOT_EXIST"}
 STATUSES = ("FINISHED", "FAILED", "KILLED")
-
-Event = dict[str, Any]  # one line of a segment: "kind", "run" and what the kind needs
 
 
 @dataclass(frozen=True)
@@ -89,7 +75,7 @@ class Tracker:
 
     def __init__(self, workspace: Storage, tracking_uri: str, experiment: str, spool: str):
         """Opens the spool, a directory below `tracking/` in the workspace; what it still holds is sent first."""
-        self._spool = _Spool(workspace, spool)
+        self._spool = Spool(workspace, spool)
         self._spool.describe(experiment)
         self._sender = _Sender(workspace, tracking_uri, experiment)
         self._delivered = self._rejected = 0
@@ -228,7 +214,7 @@ class Tracker:
                 failed = True
 
     def _send_on(self) -> None:
-        batch: _Batch | None = None
+        batch: Batch | None = None
         while not self._closing.is_set():
             try:
                 # A batch that failed is tried again as it was, so that the sender recognises what fails for ever.
@@ -247,8 +233,8 @@ class Tracker:
                 self._failed(error)
                 self._closing.wait(RETRY_S)
 
-    def _arrived(self, batch: _Batch, rejected: Sequence[Event]) -> None:
-        self._rejected += sum(map(_weight, rejected))
+    def _arrived(self, batch: Batch, rejected: Sequence[Event]) -> None:
+        self._rejected += sum(map(weight, rejected))
         self._delivered += batch.weight
         if self._last_error is not None:
             log.info("MLflow at %s answers again", self._sender.shown_uri)
@@ -271,7 +257,7 @@ def replay(workspace: Storage, tracking_uri: str, spool: str) -> Replay:
     Raises:
         ValueError: there is no such spool.
     """
-    store = _Spool(workspace, spool)
+    store = Spool(workspace, spool)
     experiment = store.experiment()
     store.reconsider()
     if not store.pending:
@@ -283,138 +269,6 @@ def replay(workspace: Storage, tracking_uri: str, spool: str) -> Replay:
     finally:
         tracker.close()
     return Replay(sent=status["delivered"], pending=pending, rejected=status["rejected"])
-
-
-def list_spools(workspace: Storage) -> list[str]:
-    """Every spool of the workspace, sorted, whether it holds events or not."""
-    return [path.removesuffix(f"/{HEADER}") for path in workspace.list(SPOOLS) if path.endswith(f"/{HEADER}")]
-
-
-@dataclass(frozen=True)
-class _Batch:
-    segments: list[str]
-    events: list[Event]
-    weight: int
-
-
-class _Spool:
-    """A durable queue: events wait in memory for a second, then in segments `<number>-<events>-<writer>.jsonl`."""
-
-    def __init__(self, workspace: Storage, directory: str):
-        if PurePosixPath(directory).parts[:1] != (SPOOLS,) or len(PurePosixPath(directory).parts) < 2:
-            raise ValueError(f"spool must be a directory below {SPOOLS}/, got {directory!r}; correct the path")
-        self.directory = directory
-        self._workspace = workspace
-        self._lock = threading.Lock()  # the fields below
-        self._writing = threading.Lock()  # one writer at a time keeps the order
-        self._lines: list[str] = []
-        self._lines_weight = 0
-        self._outgoing: tuple[str, bytes] | None = None
-        names = [path for path in workspace.list(directory) if re.fullmatch(r"\d+-\d+-\w+\.jsonl", self._name(path))]
-        self._segments = deque(self._name(path) for path in names)
-        self._number = 1 + max((int(name.split("-")[0]) for name in self._segments), default=-1)
-        self._writer = uuid.uuid4().hex[:8]
-
-    @property
-    def pending(self) -> int:
-        """Events that MLflow has not acknowledged, in memory or in segments."""
-        with self._lock:
-            outgoing = [self._outgoing[0]] if self._outgoing else []
-            return self._lines_weight + sum(map(_segment_weight, [*outgoing, *self._segments]))
-
-    def describe(self, experiment: str) -> None:
-        self._workspace.put(f"{self.directory}/{HEADER}", json.dumps({"experiment": experiment}).encode())
-
-    def experiment(self) -> str:
-        try:
-            return str(json.loads(self._workspace.read(f"{self.directory}/{HEADER}"))["experiment"])
-        except ValueError as error:
-            raise ValueError(
-                f"{self.directory}/{HEADER} must name the experiment, but is unreadable ({error})"
-            ) from error
-        except FileNotFoundError as error:
-            there = ", ".join(list_spools(self._workspace)) or "none"
-            raise ValueError(f"spool must exist, got {self.directory!r}; there are: {there}") from error
-
-    def append(self, event: Event) -> None:
-        line = json.dumps(event)
-        with self._lock:
-            self._lines.append(line)
-            self._lines_weight += _weight(event)
-
-    def flush(self) -> None:
-        with self._writing:
-            while outgoing := self._next_segment():
-                name, data = outgoing
-                # False would say that an earlier attempt of ours got through although its answer was lost.
-                self._workspace.put_new(f"{self.directory}/{name}", data)
-                with self._lock:
-                    self._segments.append(name)
-                    self._outgoing = None
-
-    def oldest(self, max_events: int) -> _Batch | None:
-        """The oldest segments, of about `max_events` in all; None if there is none."""
-        with self._lock:
-            names = list(islice(self._segments, 1000))
-        chosen: list[str] = []
-        events: list[Event] = []
-        while len(chosen) < len(names) and sum(map(_segment_weight, chosen)) < max_events:
-            chosen.append(names[len(chosen)])
-            events += self._events(chosen[-1])
-        return _Batch(chosen, events, sum(map(_segment_weight, chosen))) if chosen else None
-
-    def done(self, batch: _Batch, rejected: Sequence[Event]) -> None:
-        """Forgets a delivered batch, after setting aside what MLflow refused."""
-        if rejected:
-            path = f"{self.directory}/rejected/{batch.segments[0]}"
-            self._workspace.put(path, "".join(json.dumps(event) + "\n" for event in rejected).encode())
-            first = rejected[0]
-            log.warning(
-                "MLflow refuses %d tracking events, set aside in %s; the first: %s of run %s: %s",
-                *(sum(map(_weight, rejected)), path, first["kind"], first["run"], first["reason"]),
-            )
-        for name in batch.segments:
-            self._workspace.delete(f"{self.directory}/{name}")
-            with self._lock:
-                if name in self._segments:  # not if this is the second attempt to clean up
-                    self._segments.remove(name)
-
-    def reconsider(self) -> None:
-        """Queues again what was set aside."""
-        for path in self._workspace.list(f"{self.directory}/rejected"):
-            for line in self._workspace.read(path).splitlines():
-                event = json.loads(line)
-                event.pop("reason")
-                self.append(event)
-            self.flush()
-            self._workspace.delete(path)
-
-    def _next_segment(self) -> tuple[str, bytes] | None:
-        """The segment to write: one that failed is written again under its name, so that it cannot be there twice."""
-        with self._lock:
-            if self._outgoing is None and self._lines:
-                name = f"{self._number:012d}-{self._lines_weight}-{self._writer}.jsonl"
-                self._outgoing = name, "".join(line + "\n" for line in self._lines).encode()
-                self._number += 1
-                self._lines, self._lines_weight = [], 0
-            return self._outgoing
-
-    def _events(self, name: str) -> list[Event]:
-        try:
-            content = self._workspace.read(f"{self.directory}/{name}")
-        except FileNotFoundError:
-            log.warning("%s/%s is gone, somebody else sent or removed it", self.directory, name)
-            return []
-        try:
-            return [json.loads(line) for line in content.splitlines()]
-        except ValueError as error:  # what comes after it must not wait for ever
-            aside = f"{self.directory}/unreadable/{name}"
-            self._workspace.put(aside, content)
-            log.warning("%s/%s is unreadable (%s) and set aside as %s", self._workspace.uri, name, error, aside)
-            return []
-
-    def _name(self, path: str) -> str:
-        return path.removeprefix(f"{self.directory}/")
 
 
 class _Rejected(Exception):
@@ -446,7 +300,7 @@ class _Sender:
 
     def connect(self) -> None:
         """Raises what went wrong, within seconds, if MLflow does not answer."""
-        if is_http(self._uri) and _ask(self._uri, "/health") >= 500:
+        if is_http(self._uri) and ask(self._uri, "/health") >= 500:
             raise OSError("the server is not ready")
         if self._client is None:
             client = mlflow_client(self._uri)
@@ -655,160 +509,6 @@ class _Sender:
         return str(experiment.experiment_id)
 
 
-def check_tracking(tracking_uri: str) -> str | None:
-    """Preflight of the tracking URI: None if all is well, one line of warning if MLflow does not answer within 5 s.
-
-    Raises:
-        ValueError: one line, for a URI that is none of http, https, sqlite and postgresql, credentials that are refused
-            (401, 403), another server than MLflow's (404), or a sqlite directory that cannot be written.
-    """
-    scheme = urlsplit(_with_driver(tracking_uri)).scheme
-    checks = {"http": _check_http, "https": _check_http, "sqlite": _check_sqlite, DRIVER: _check_postgresql}
-    if scheme not in checks:
-        file_store = scheme in ("", "file")
-        hint = "MLflow's file store is gone, use sqlite:////path/mlflow.db" if file_store else "correct it"
-        rule = "MLFLOW_TRACKING_URI must start with http, https, sqlite or postgresql"
-        raise ValueError(f"{rule}, got {without_password(tracking_uri)!r}; {hint}")
-    return checks[scheme](tracking_uri)
-
-
-def default_tracking_uri(workspace: Storage) -> str:
-    """MLFLOW_TRACKING_URI if it is set, else a sqlite file in a local workspace.
-
-    Raises:
-        ValueError: the workspace is on s3 and MLFLOW_TRACKING_URI is not set.
-    """
-    uri = os.environ.get("MLFLOW_TRACKING_URI")
-    if uri and uri.startswith("sqlite:"):
-        return f"sqlite:///{sqlite_file(uri)}"  # absolute, because the process that uses it has another directory
-    if uri:
-        return uri
-    if not workspace.is_local:
-        raise ValueError(
-            f"MLFLOW_TRACKING_URI must be set when the workspace is on s3, got nothing for {workspace.uri}; "
-            "set it to an MLflow server, http://host:5000"
-        )
-    return f"sqlite:///{workspace.uri}/mlflow.db"
-
-
-def ui_command(tracking_uri: str) -> str:
-    """The shell command that opens MLflow's UI, or the URL of a server."""
-    if is_http(tracking_uri):
-        return without_password(tracking_uri)
-    if urlsplit(tracking_uri).password:
-        return 'mlflow ui --backend-store-uri "$MLFLOW_TRACKING_URI"'
-    return f"mlflow ui --backend-store-uri {shlex.quote(_with_driver(tracking_uri))}"
-
-
-def _check_http(uri: str) -> str | None:
-    shown = without_password(uri)
-    try:
-        status = _ask(uri, "/api/2.0/mlflow/experiments/search?max_results=1")
-        if status in (0, 401, 403):
-            # Only MLflow's client knows all the ways to give credentials and certificates; it has the last word.
-            status = _client_status(uri)
-    except OSError as error:
-        return f"MLflow at {shown} does not answer ({error}); the run goes on and its events wait in the workspace"
-    if status in (401, 403):
-        raise ValueError(
-            f"MLFLOW_TRACKING_URI must accept the credentials, got {status} from {shown}; correct "
-            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD (or MLFLOW_TRACKING_TOKEN)"
-        )
-    if status == 404:
-        rule = "MLFLOW_TRACKING_URI must be the address of an MLflow server"
-        raise ValueError(f"{rule}, got 404 (no such page) from {shown}; correct host, port or path")
-    if status != 200:
-        return f"MLflow at {shown} answers {status}; the run goes on and its events wait in the workspace"
-    return None
-
-
-def _check_sqlite(uri: str) -> None:
-    file = sqlite_file(uri)
-    there = next(parent for parent in (file, *file.parents) if parent.exists())
-    usable = there.is_file() if there == file else there.is_dir()
-    if not usable or not os.access(there, os.W_OK):
-        raise ValueError(f"MLFLOW_TRACKING_URI must name a writable sqlite file, got {uri}; name another directory")
-
-
-def _check_postgresql(uri: str) -> str | None:
-    import psycopg2
-
-    shown = without_password(uri)
-    try:
-        psycopg2.connect(_with_driver(uri).replace(DRIVER, "postgresql", 1), connect_timeout=int(ANSWER_S)).close()
-    except psycopg2.OperationalError as error:
-        reason = " ".join(str(error).split())
-        if re.search("authentication failed|no pg_hba.conf entry|does not exist|no password supplied", reason):
-            rule = "MLFLOW_TRACKING_URI must be accepted by PostgreSQL"
-            raise ValueError(f"{rule}, got {shown} ({reason}); correct user, password or database") from error
-        return f"PostgreSQL at {shown} does not answer ({reason}); the run goes on and its events wait in the workspace"
-    return None
-
-
-def _ask(uri: str, path: str) -> int:
-    """The HTTP status of a GET; 0 if only the certificate is not to our liking; OSError if there is no answer.
-
-    Raises:
-        ValueError: the server answers requests to other host names only.
-    """
-    parts = urlsplit(uri)
-    user = unquote(parts.username or "") or os.environ.get("MLFLOW_TRACKING_USERNAME")
-    password = unquote(parts.password or "") or os.environ.get("MLFLOW_TRACKING_PASSWORD")
-    headers = {}
-    if user and password:
-        headers["Authorization"] = "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
-    elif token := os.environ.get("MLFLOW_TRACKING_TOKEN"):
-        headers["Authorization"] = f"Bearer {token}"
-    address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
-    request = urllib.request.Request(address + path, headers=headers)
-    try:
-        with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
-            return int(answer.status)
-    except urllib.error.HTTPError as error:
-        if error.code == 403 and b"Invalid Host header" in error.read(1000):
-            host = parts.netloc.rpartition("@")[2]
-            raise ValueError(
-                f"MLFLOW_TRACKING_URI must name a host that the server allows, got 403 for {host!r}; add it to the "
-                f"server's --allowed-hosts ({parts.hostname},{parts.hostname}:*)"
-            ) from error
-        return error.code
-    except urllib.error.URLError as error:
-        if isinstance(error.reason, ssl.SSLCertVerificationError):
-            return 0
-        raise OSError(str(error.reason)) from error
-
-
-def _client_status(uri: str) -> int:
-    """The HTTP status that MLflow's own client gets; OSError if it gets none."""
-    client = mlflow_client(uri)
-    from mlflow.exceptions import ERROR_CODE_TO_HTTP_STATUS, MlflowException
-
-    try:
-        client.search_experiments(max_results=1)
-    except MlflowException as error:
-        if isinstance(error.__context__, OSError):  # of requests: no answer at all
-            raise OSError(" ".join(str(error).split())) from error
-        return int(ERROR_CODE_TO_HTTP_STATUS.get(error.error_code, 500))
-    return 200
-
-
-def mlflow_client(uri: str) -> Any:
-    """An MLflow client that gives up within seconds; repeating is our own work."""
-    defaults = {
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # "View run ..." for each run that ends
-        "MLFLOW_LOGGING_LEVEL": "WARNING",  # it tells of every table that it makes in a new database
-        **s3_environment(os.environ),
-    }
-    for name, value in defaults.items():
-        os.environ.setdefault(name, value)
-    from mlflow import MlflowClient
-
-    return MlflowClient(tracking_uri=_with_driver(uri))
-
-
 def _entity(kind: str, row: Sequence[Any]) -> Any:
     from mlflow.entities import Metric as MlflowMetric
     from mlflow.entities import Param, RunTag
@@ -848,35 +548,6 @@ def _flatten(params: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
             text = json.dumps(value, default=str) if isinstance(value, list | tuple) else str(value)
             flat[f"{prefix}{name}"] = text if len(text) <= MAX_PARAM_CHARS else text[: MAX_PARAM_CHARS - 3] + "..."
     return flat
-
-
-def _weight(event: Event) -> int:
-    return len(event["metrics"]) if event["kind"] == "metrics" else 1
-
-
-def _segment_weight(name: str) -> int:
-    return int(name.split("-")[1])
-
-
-def sqlite_file(uri: str) -> Path:
-    """The file of a sqlite URI."""
-    return Path(os.path.abspath(uri.removeprefix("sqlite:///").split("?")[0]))
-
-
-def _with_driver(uri: str) -> str:
-    """SQLAlchemy 2.1 takes `postgresql:` for psycopg 3; what we depend on is psycopg2."""
-    return re.sub("^postgresql:", f"{DRIVER}:", uri)
-
-
-def is_http(uri: str) -> bool:
-    """Whether a tracking URI is that of a server, with a UI."""
-    return uri.startswith(("http://", "https://"))
-
-
-def without_password(text: str) -> str:
-    """A URI, or a text with URIs in it, as it may be shown: what stands for passwords in them is starred out."""
-    starred = re.sub(r"(://[^:/@\s]*):\S*@", r"\1:***@", text)  # to the last @, as a password may hold one unquoted
-    return re.sub(r"([?&;](?:\w*password|token)=)[^&;\s]+", r"\1***", starred)
 
 
 def _now_ms() -> int:

@@ -34,8 +34,9 @@ CONFINED = {
     "peft": ["workers/*.py"],
     "boto3": ["orchestration/s3_client.py"],
     "botocore": ["orchestration/s3_client.py"],
-    "mlflow": ["orchestration/tracking.py", "orchestration/tracked.py"],  # one writes, the other reads
-    "psycopg2": ["orchestration/tracking.py"],
+    # one makes the client, one writes, one reads
+    "mlflow": [f"orchestration/{name}.py" for name in ("mlflow_server", "tracking", "tracked")],
+    "psycopg2": ["orchestration/mlflow_server.py"],
     "optuna": ["orchestration/space.py"],
     # WORKERS' files and encode.py's Worker run on a worker; the others ask torch about the machine (DRIVER_TORCH).
     "orchestration:torch": [f"orchestration/{name}.py" for name in (*WORKERS, "encode", "cluster", "doctor")],

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from orchestration import inputs
+from orchestration.mlflow_server import without_password
 from orchestration.storage import open_storage
-from orchestration.tracking import without_password
 
 CAMPAIGN = Path(__file__).parents[1] / "benchmarks" / "hostile_campaign.py"
 

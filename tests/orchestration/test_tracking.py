@@ -17,16 +17,10 @@ import pytest
 from mlflow_servers import Doorkeeper, MlflowServer, Proxy, free_port, wait_until
 
 from orchestration import tracking
+from orchestration.mlflow_server import check_tracking, default_tracking_uri, ui_command
+from orchestration.spool import list_spools
 from orchestration.storage import Storage, open_storage
-from orchestration.tracking import (
-    Metric,
-    Tracker,
-    check_tracking,
-    default_tracking_uri,
-    list_spools,
-    replay,
-    ui_command,
-)
+from orchestration.tracking import Metric, Tracker, replay
 
 SPOOL = "tracking/experiment"
 
