@@ -117,6 +117,14 @@ def test_curves_are_in_order_whenever_their_points_came(tracked, tmp_path):
     assert curve[0] == (25, 9.0)
 
 
+def test_the_code_that_made_the_numbers_stands_beside_them(compared, experiments):
+    page, _ = compared
+    made_by = {name: experiment.tags["mixflow.code"] for name, experiment in experiments.items()}
+    assert all(re.fullmatch("[0-9a-f]{12}", code) for code in made_by.values())
+    for name, code in made_by.items():
+        assert f"{name} {experiments[name].run_id} {code} " in page.text
+
+
 def test_one_table_for_each_protocol(compared, experiments):
     page, answer = compared
     assert [table["runs"] for table in answer["tables"]] == [["first", "gentle"], ["fewer"]]

@@ -234,6 +234,17 @@ def several(tmp_path_factory: pytest.TempPathFactory) -> tuple[Page, dict[str, A
     return write(SeveralBases(directory / "made", *SEVERAL), directory / "out")
 
 
+def test_the_terminals_table_says_how_much_is_needed(several):
+    summary = copy.deepcopy(several[1])
+    cells = [claim["cells"]["euler20/s1"] for claim in summary["claims"]]
+    cells[0] |= {"agreement": "inconclusive", "pairs_needed": 17}
+    for found in cells[1:]:
+        found |= {"agreement": "agrees", "pairs_needed": 3}
+    table = text_table(summary)
+    assert "inconclusive, 17 bases needed" in table
+    assert table.count("needed") == 1
+
+
 def test_what_intervals_are_over_is_said_of_every_cell(several, written):
     page, _ = several
     assert "euler20/s1 NFE 20, over 3 bases" in page.text
