@@ -103,10 +103,16 @@ class Ledger:
     @property
     def tried(self) -> list[Tried]:
         """What suggestions are made from."""
-        return [Tried(e.number, e.params, e.objective if e.state == "finished" else None) for e in self.trials]
+        return [_tried(entry) for entry in self.trials]
 
     def _path(self, entry: Entry) -> str:
         return f"{self.home}/trials/{entry.label}.json"
+
+
+def _tried(entry: Entry) -> Tried:
+    if entry.state == "pruned" and entry.objective is not None:
+        return Tried(entry.number, entry.params, pruned=(entry.step, entry.objective))
+    return Tried(entry.number, entry.params, entry.objective if entry.state == "finished" else None)
 
 
 def _bytes(entry: Entry) -> bytes:

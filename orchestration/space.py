@@ -71,11 +71,19 @@ class Law:
 
 @dataclass(frozen=True)
 class Tried:
-    """A trial that was begun: its place in the order, its parameters, and its objective once it has finished."""
+    """A trial that was begun.
+
+    Attributes:
+        number: its place in the order.
+        params: by key.
+        objective: once it has finished.
+        pruned: where a scheduler stopped it, and its objective there.
+    """
 
     number: int
     params: Params
     objective: float | None = None
+    pruned: tuple[int, float] | None = None
 
 
 def parse_space(space: Mapping[str, str]) -> dict[str, Law]:
@@ -167,7 +175,7 @@ def suggest(
     Args:
         laws: by key.
         search: `grid` goes on with the first point that was not tried; `random` depends on seed and number alone;
-            `optuna` asks its TPE sampler, told of the finished trials in the order of their numbers.
+            `optuna` asks its TPE sampler, told of what was finished or pruned, in the order of the numbers.
         seed: of the sweep.
         number: of the trial, from 0.
         tried: every trial that was begun.
@@ -195,11 +203,12 @@ def _ask_optuna(
     for trial in sorted(tried, key=lambda trial: trial.number):
         # Of a sweep that was extended, only what the present space could have drawn.
         fits = set(trial.params) == set(laws) and all(laws[key].holds(v) for key, v in trial.params.items())
+        about = {"params": dict(trial.params), "distributions": distributions}
         if fits and trial.objective is not None:
-            known = optuna.trial.create_trial(
-                params=dict(trial.params), distributions=distributions, value=trial.objective
-            )
-            study.add_trial(known)
+            study.add_trial(optuna.trial.create_trial(**about, value=trial.objective))
+        elif fits and trial.pruned:  # worse than all that went further: without it, the same would be asked for again
+            state, (step, value) = optuna.trial.TrialState.PRUNED, trial.pruned
+            study.add_trial(optuna.trial.create_trial(**about, state=state, intermediate_values={step: value}))
     return dict(study.ask(distributions).params)
 
 

@@ -154,3 +154,21 @@ def test_optuna_is_told_what_fits_in_the_order_of_numbers():
 
     assert ask(inside) == ask([outside, *reversed(inside), unfinished, other])
     assert ask(inside) != ask(inside[:6])
+
+
+def test_optuna_leaves_alone_what_was_pruned():
+    """Ten trials with the same objective, those above 0.6 stopped at their first rung."""
+    laws = parse_space({"mixture.gamma": "uniform(0,1)"})
+    points = [{"mixture.gamma": (n + 0.5) / 10} for n in range(10)]
+    told = [
+        Tried(n, point, 1.0) if point["mixture.gamma"] < 0.6 else Tried(n, point, pruned=(1, 1.0))
+        for n, point in enumerate(points)
+    ]
+    untold = [Tried(trial.number, trial.params, trial.objective) for trial in told]
+
+    def above(tried: list[Tried]) -> int:
+        return sum(
+            suggest(laws, "optuna", seed, 10, tried, lower_is_better=True)["mixture.gamma"] > 0.6 for seed in range(60)
+        )
+
+    assert above(told) < 12 < above(untold)
