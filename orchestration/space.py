@@ -203,7 +203,7 @@ def _ask_optuna(
     for trial in sorted(tried, key=lambda trial: trial.number):
         # Of a sweep that was extended, only what the present space could have drawn.
         fits = set(trial.params) == set(laws) and all(laws[key].holds(v) for key, v in trial.params.items())
-        about = {"params": dict(trial.params), "distributions": distributions}
+        about: dict[str, Any] = {"params": dict(trial.params), "distributions": distributions}
         if fits and trial.objective is not None:
             study.add_trial(optuna.trial.create_trial(**about, value=trial.objective))
         elif fits and trial.pruned:  # worse than all that went further: without it, the same would be asked for again

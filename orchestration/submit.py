@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from orchestration.cluster import NETWORK
 from orchestration.doctor import COMPOSE_ENV, read_env
 from orchestration.wording import nearest
 
-# Of the submitter's environment, what a job is told where it is set; all else is the nodes' own.
+# Of the submitter's environment, what a job is told where it is set, beside NETWORK; all else is the nodes' own.
 PASSED = (
     "MIXFLOW_WORKSPACE", "MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3",
     "AWS_REGION", "AWS_DEFAULT_REGION",
@@ -96,7 +97,8 @@ def passed(environ: Mapping[str, str]) -> dict[str, str]:
     Raises:
         ValueError: a URI with a password, or a workspace that the cluster cannot see.
     """
-    found = {name: environ[name] for name in PASSED if environ.get(name)}
+    names = [*PASSED, *(name for name in sorted(environ) if name.startswith(NETWORK))]
+    found = {name: environ[name] for name in names if environ.get(name)}
     for name, value in found.items():
         if urlsplit(value).password:
             raise ValueError(

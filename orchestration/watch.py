@@ -1,4 +1,4 @@
-"""The driver's eye on its workers: it passes on that it is to end, and ends a worker that hangs."""
+"""The driver's eye on its workers: it passes on that it, or their node, is to end, and ends a worker that hangs."""
 
 from __future__ import annotations
 
@@ -27,6 +27,8 @@ STOPPING = "stopping after this step, with a checkpoint; once more to stop at on
 def watching(reporter: Any, cluster: Cluster, say: Callable[[str], None]) -> Iterator[None]:
     """While the block runs, SIGTERM and SIGINT stop the workers after their step, and a worker that hangs is ended.
 
+    A group with a worker on a node that is being drained, because it will be taken away, is asked to stop as well.
+
     Args:
         reporter: the Reporter actor.
         cluster: what was asked of Ray.
@@ -53,6 +55,9 @@ def watching(reporter: Any, cluster: Cluster, say: Callable[[str], None]) -> Ite
             silence = 0.0 if pulses or pulses is None else silence + LOOK_EVERY_S
             if silence == PATIENCE_S and (room := room_for(cluster)) < cluster.least_workers:
                 say(f"warning: waiting for {cluster.least_workers} workers; the cluster has room for {room}")
+            leaving = _draining_nodes() if pulses else {}
+            for group in {pulse.group for pulse in pulses or [] if pulse.node in leaving}:
+                reporter.stop.remote(group)
             for pulse in pulses or []:
                 if pulse.silent_s > cluster.hang_timeout_s:
                     _end(pulse, say)
@@ -80,6 +85,17 @@ def _pulses(reporter: Any) -> list[Pulse] | None:
         return list(found)
     except ray.exceptions.RayError:
         return None
+
+
+def _draining_nodes() -> dict[str, int]:
+    """Ray's ids of the nodes that will be taken away, with the time of it; as Ray Train itself asks for them."""
+    import ray
+    from ray._private.state import state
+
+    try:
+        return dict(state.get_draining_nodes())
+    except (ray.exceptions.RayError, RuntimeError):
+        return {}  # the head does not answer; asked again in a second
 
 
 def _end(pulse: Pulse, say: Callable[[str], None]) -> None:

@@ -110,8 +110,8 @@ class Run:
 
 
 @contextmanager
-def ray_head(name: str, log: Path, **variables: str) -> Iterator[dict[str, str]]:
-    """A head node of two CPUs with a job server, and in its environment `variables`; yields a user's environment."""
+def ray_head(name: str, log: Path, *, cpus: int = 2, **variables: str) -> Iterator[dict[str, str]]:
+    """A head node with a job server, and in its environment `variables`; yields a user's environment."""
     # Sockets have short names only, so Ray's directory must not lie below pytest's.
     directory = f"/tmp/mixflow-{name}-{os.getpid()}"
     gcs, dashboard = free_port(), free_port()
@@ -119,7 +119,7 @@ def ray_head(name: str, log: Path, **variables: str) -> Iterator[dict[str, str]]
     # Jobs call `python`, which is this one.
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
     env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "120", **variables}
-    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--num-cpus=2", "--block"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--num-cpus={cpus}", "--block"]
     command += [
         f"--port={gcs}",
         f"--dashboard-port={dashboard}",
@@ -136,12 +136,30 @@ def ray_head(name: str, log: Path, **variables: str) -> Iterator[dict[str, str]]
     try:
         wait_until(lambda: answers(f"{address}/api/gcs_healthz"), "Ray's job server starts")
         wait_until(lambda: answers(f"http://127.0.0.1:{agent}/api/local_raylet_healthz"), "Ray's agent starts")
-        yield {**env, "RAY_API_SERVER_ADDRESS": address, "SESSION": directory}
+        yield {**env, "RAY_API_SERVER_ADDRESS": address, "SESSION": directory, "GCS": f"127.0.0.1:{gcs}"}
     finally:
         for each in [*process.children(recursive=True), process]:
             each.kill()
         process.wait()
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@contextmanager
+def ray_node(head: Mapping[str, str], log: Path) -> Iterator[psutil.Popen]:
+    """Another node of one CPU, which joins the head on this machine as a container's does (docker/compose.yaml)."""
+    command = [sys.executable, "-m", "orchestration.preemption", "--grace", "60"]
+    command += [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={head['GCS']}"]
+    command += ["--num-cpus=1", "--object-store-memory=100000000", "--node-ip-address=127.0.0.1"]
+    command += [f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}"]
+    with log.open("ab") as out:
+        process = psutil.Popen(command, env=dict(head), stdout=out, stderr=out)
+    try:
+        yield process
+    finally:
+        if process.is_running():
+            for each in [*process.children(recursive=True), process]:
+                each.kill()
+        process.wait()
 
 
 def answers(url: str) -> bool:

@@ -3,10 +3,11 @@
 import json
 import re
 import signal
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
-from clusters import Run, results_of, small
+from clusters import Run, ray_head, ray_node, results_of, small
 from mlflow import MlflowClient
 
 pytestmark = pytest.mark.ray
@@ -75,3 +76,24 @@ def test_sigterm_keeps_the_last_step_and_a_hung_worker_is_found(undisturbed: Pat
     for path in workspace.glob("arms/*/history.jsonl"):
         rows = [json.loads(line)["step"] for line in path.read_text().splitlines() if "train/loss" in line]
         assert rows == list(range(10, 301, 10))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_sigterm_to_a_node_moves_its_worker_after_a_checkpoint(undisturbed: Path, tmp_path: Path) -> None:
+    workspace, log = tmp_path / "ws", tmp_path / "nodes.log"
+    # No failure is allowed: what happens here is none.
+    command = ["train", "quickstart", "--json", *SETTINGS, "--set", "cluster.max_failures=0"]
+    with ray_head("nodes", tmp_path / "head.log", cpus=0) as head, ExitStack() as stack:
+        nodes = [stack.enter_context(ray_node(head, log)) for _ in range(3)]
+        run = Run(command, tmp_path, {"MIXFLOW_WORKSPACE": str(workspace), "RAY_ADDRESS": head["GCS"]})
+        run.until(lambda: _in_an_arm(run, 0), "the middle of the first arm", 400)
+        node = next(n for n in nodes if any("RayTrainWorker" in p.cmdline()[0] for p in n.children(recursive=True)))
+        node.send_signal(signal.SIGTERM)
+        run.until(lambda: "a worker was asked to end, all stopped after step" in run.said(), "the group stops")
+        assert node.wait(60) in (0, 128 + signal.SIGTERM), log.read_text()[-2000:]
+        step = int(re.findall(r"all stopped after step (\d+), whose state is kept", run.said())[-1])
+        assert step in _kept(workspace)
+        assert run.answer()["tracking"]["pending"] == 0
+    assert "without having been drained" not in log.read_text()
+    assert results_of(workspace) == results_of(undisturbed)

@@ -108,12 +108,13 @@ def test_a_job_is_told_places_and_no_secrets() -> None:
     environ = {
         "MIXFLOW_WORKSPACE": "s3://bucket/prefix",
         "AWS_ENDPOINT_URL": "http://store:8333",
+        "NCCL_SOCKET_IFNAME": "eth0",
         "AWS_SECRET_ACCESS_KEY": PLANTED,
         "MLFLOW_TRACKING_PASSWORD": PLANTED,
         "RAY_AUTH_TOKEN": PLANTED,
         "HOME": "/root",
     }
-    told = {name: environ[name] for name in ("MIXFLOW_WORKSPACE", "AWS_ENDPOINT_URL")}
+    told = {name: environ[name] for name in ("MIXFLOW_WORKSPACE", "AWS_ENDPOINT_URL", "NCCL_SOCKET_IFNAME")}
     assert submit.passed(environ) == told
 
 

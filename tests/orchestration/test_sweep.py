@@ -1,8 +1,10 @@
-"""Sweeps on a real Ray cluster: every trial is accounted for, pruned and diverged ones too, here and in MLflow."""
+"""Sweeps on a real Ray cluster: complete accounts, the same after kill -9, extended without doing anything again."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 from clusters import Run, small
 from mlflow import MlflowClient
@@ -12,6 +14,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(1800)]
 # A shift of 1e39 is infinite in single precision: those trials diverge. ASHA lets one of two go on.
 SWEEP = "{scheduler: asha, reduction_factor: 2, objective: fd_digits/euler4/s1}"
 SPACE = ["--space", "mixture.gamma=grid(0.2,1.0)", "--space", "mixture.shift=grid(1,1e39)"]
+WIDER = ["--space", "mixture.gamma=grid(0.2,0.4,1.0)", "--space", "mixture.shift=grid(1)"]
 CONTROLS = ("standard", "matched")
 
 
@@ -24,6 +27,16 @@ def command(*space: str) -> list[str]:
 def told(answer: dict[str, Any]) -> dict[str, Any]:
     """What a sweep found, by label."""
     return {row["label"]: row for row in [*answer["controls"], *answer["trials"]]}
+
+
+def trained(workspace: Path) -> dict[str, str]:
+    """SHA-256 of the weights and history of every trial that finished, by the trial's stage."""
+    found = {}
+    for manifest in workspace.glob("trials/*/manifest.json"):
+        content = json.loads(manifest.read_text())
+        for name in ("weights.safetensors", "history.jsonl"):
+            found[f"{content['meta']['stage']}/{name}"] = content["files"][name]["sha256"]
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -80,3 +93,46 @@ def test_mlflow_has_a_parent_and_a_child_for_each_trial(quiet):
     assert Path(run.data.tags["mixflow.weights"]).exists()
     assert run.data.tags["mixflow.base_sha256"]
     assert "is not finite" in runs["t001"].data.tags["mixflow.reason"]
+
+
+def test_kill_9_of_the_driver_a_worker_and_a_trials_driver_changes_nothing(quiet, tmp_path):
+    workspace = tmp_path / "ws"
+    environment = {"MIXFLOW_WORKSPACE": str(workspace)}
+
+    def begun() -> int:
+        """Trials that have a checkpoint."""
+        return len({path.parts[-3] for path in workspace.glob("checkpoints/trials-*/step-*/manifest.json")})
+
+    run = Run(command(*SPACE), tmp_path, environment)
+    # In the first control, in the second, whose driver Tune starts again, and in the first trial.
+    for victim, at_least in (("RayTrainWorker", 1), ("ImplicitFunc", 2), ("", 3)):
+        run.until(lambda n=at_least: begun() >= n, f"a checkpoint of trial {at_least}", 500)
+        run.until(lambda v=victim: run.find(v), f"a process {victim}")
+        victims = run.find(victim) if victim else [run.process]
+        family = run.process.children(recursive=True)
+        victims[0].kill()
+    for process in psutil.wait_procs(family, timeout=20)[1]:
+        process.kill()
+    run.wait()
+    again = Run(command(*SPACE), tmp_path / "again", environment)
+    assert again.wait(900) == 0, again.said()
+    answer = again.answer()
+    assert told(answer) == told(quiet[1])
+    assert answer["best"] == quiet[1]["best"]
+    expected = trained(quiet[0])
+    assert {name: digest for name, digest in trained(workspace).items() if name in expected} == expected
+    client = MlflowClient(answer["tracking"]["uri"])
+    (experiment,) = (e for e in client.search_experiments() if e.name == "quickstart")
+    names = [run.info.run_name for run in client.search_runs([experiment.experiment_id])]
+    assert sorted(name for name in names if name in told(answer)) == sorted(told(answer))
+
+    # Extended: the new points alone are run.
+    before = {path: path.stat().st_mtime_ns for path in workspace.glob("trials/*/manifest.json")}
+    more = Run(command(*WIDER), tmp_path / "more", environment)
+    assert more.wait(600) == 0, more.said()
+    wider = told(more.answer())
+    assert list(wider) == [*told(answer), "t004"]
+    assert wider["t004"]["params"] == {"mixture.gamma": 0.4, "mixture.shift": 1}
+    assert {label: row for label, row in wider.items() if label != "t004"} == told(answer)
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert more.answer()["sweep"] == answer["sweep"]

@@ -67,6 +67,7 @@ def reporter(tmp_path, monkeypatch):
     monkeypatch.setattr("orchestration.launch.Tracker", lambda *_: None)
     monkeypatch.setattr("ray.get", lambda value, timeout=None: value)
     monkeypatch.setattr("orchestration.watch.LOOK_EVERY_S", 0.05)
+    monkeypatch.setattr("orchestration.watch._draining_nodes", dict)
     return Reporter(str(tmp_path), "", "quickstart", "experiments/one")
 
 
@@ -77,8 +78,8 @@ def until(condition) -> None:
         time.sleep(0.02)
 
 
-def pulse(rank: int, group: str = "one", pid: int = 1) -> Pulse:
-    return Pulse(group, rank, "node", "10.0.0.1", pid, 0.0)
+def pulse(rank: int, group: str = "one", pid: int = 1, node: str = "node") -> Pulse:
+    return Pulse(group, rank, node, "10.0.0.1", pid, 0.0)
 
 
 def test_one_worker_asked_to_stop_stops_its_group_and_no_other(reporter):
@@ -86,6 +87,19 @@ def test_one_worker_asked_to_stop_stops_its_group_and_no_other(reporter):
     reporter.stop("one")
     assert [reporter.alive(pulse(rank, "one")) for rank in (0, 1)] == [True, True]
     assert not reporter.alive(pulse(0, "two"))
+    assert not reporter.is_ending()
+
+
+def test_a_node_that_is_drained_stops_the_group_that_has_a_worker_there_and_no_other(reporter, monkeypatch):
+    workers = [pulse(0, "one"), pulse(1, "one", node="leaving"), pulse(0, "two")]
+    for worker in workers:
+        assert not reporter.alive(worker)
+    with watching(Actor(reporter), Cluster(), pytest.fail):
+        time.sleep(0.3)
+        assert not any(map(reporter.alive, workers))
+        monkeypatch.setattr("orchestration.watch._draining_nodes", lambda: {"leaving": 1, "another": 0})
+        until(lambda: reporter.alive(workers[0]))
+        assert list(map(reporter.alive, workers)) == [True, True, False]
     assert not reporter.is_ending()
 
 
