@@ -147,13 +147,14 @@ def ray_head(name: str, log: Path, *, cpus: int = 2, **variables: str) -> Iterat
 @contextmanager
 def ray_node(head: Mapping[str, str], log: Path) -> Iterator[psutil.Popen]:
     """Another node of one CPU, which joins the head on this machine as a container's does (docker/compose.yaml)."""
-    command = [sys.executable, "-m", "orchestration.preemption", "--grace", "60"]
-    command += [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={head['GCS']}"]
+    command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--block", f"--address={head['GCS']}"]
     command += ["--num-cpus=1", "--object-store-memory=100000000", "--node-ip-address=127.0.0.1"]
-    command += [f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}"]
+    agent = free_port()
+    command += [f"--dashboard-agent-listen-port={agent}", f"--metrics-export-port={free_port()}"]
     with log.open("ab") as out:
         process = psutil.Popen(command, env=dict(head), stdout=out, stderr=out)
     try:
+        wait_until(lambda: answers(f"http://127.0.0.1:{agent}/api/local_raylet_healthz"), "the node joins")
         yield process
     finally:
         if process.is_running():

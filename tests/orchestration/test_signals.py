@@ -84,16 +84,17 @@ def test_sigterm_to_a_node_moves_its_worker_after_a_checkpoint(undisturbed: Path
     workspace, log = tmp_path / "ws", tmp_path / "nodes.log"
     # No failure is allowed: what happens here is none.
     command = ["train", "quickstart", "--json", *SETTINGS, "--set", "cluster.max_failures=0"]
-    with ray_head("nodes", tmp_path / "head.log", cpus=0) as head, ExitStack() as stack:
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 2}  # as docker/compose.yaml has it
+    with ray_head("nodes", tmp_path / "head.log", cpus=0, **token) as head, ExitStack() as stack:
         nodes = [stack.enter_context(ray_node(head, log)) for _ in range(3)]
-        run = Run(command, tmp_path, {"MIXFLOW_WORKSPACE": str(workspace), "RAY_ADDRESS": head["GCS"]})
+        run = Run(command, tmp_path, {"MIXFLOW_WORKSPACE": str(workspace), "RAY_ADDRESS": head["GCS"], **token})
         run.until(lambda: _in_an_arm(run, 0), "the middle of the first arm", 400)
         node = next(n for n in nodes if any("RayTrainWorker" in p.cmdline()[0] for p in n.children(recursive=True)))
         node.send_signal(signal.SIGTERM)
         run.until(lambda: "a worker was asked to end, all stopped after step" in run.said(), "the group stops")
-        assert node.wait(60) in (0, 128 + signal.SIGTERM), log.read_text()[-2000:]
+        node.wait(60)
+        assert "Local node finished draining" in log.read_text(), "its workers were gone before its time was over"
         step = int(re.findall(r"all stopped after step (\d+), whose state is kept", run.said())[-1])
         assert step in _kept(workspace)
         assert run.answer()["tracking"]["pending"] == 0
-    assert "without having been drained" not in log.read_text()
     assert results_of(workspace) == results_of(undisturbed)
