@@ -269,17 +269,17 @@ class Sampler:
     def name(self) -> str:
         """`<method><steps>/s<scale>`, as in metric keys: euler8/s1.5; what differs from the defaults is added to it."""
         steps, scale = f"{self.method}{self.num_steps}", f"s{_exact(self.guidance_scale)}"
-        steps += f"-shift{_exact(self.shift)}" * (self.shift != 1)
-        steps += f"-from{_exact(self.start)}" * (self.start != 0) + f"-to{_exact(self.end)}" * (self.end != 1)
+        steps += f"-shift{self.shift:g}" * (self.shift != 1)
+        steps += f"-from{self.start:g}" * (self.start != 0) + f"-to{self.end:g}" * (self.end != 1)
         steps += f"-{self.diffusion}" * (self.diffusion != "sigma") + f"-last_{self.last_step}" * (
             self.last_step != "mean"
         )
-        steps += f"-last{_exact(self.last_step_size)}" * (self.last_step_size != 0.04)
+        steps += f"-last{self.last_step_size:g}" * (self.last_step_size != 0.04)
         scale += "-auto" * (self.guidance == "autoguidance") + f"-ch{self.guidance_channels}" * bool(
             self.guidance_channels
         )
         lowest, highest = self.guidance_interval
-        return f"{steps}/{scale}" + f"-in{_exact(lowest)}to{_exact(highest)}" * (self.guidance_interval != (0.0, 1.0))
+        return f"{steps}/{scale}" + f"-in{lowest:g}to{highest:g}" * (self.guidance_interval != (0.0, 1.0))
 
     @property
     def open_guidance_interval(self) -> tuple[float, float]:

@@ -170,7 +170,7 @@ def test_the_tables_share_bases_data_and_equal_arms(recipe):
 def test_a_table_can_be_made_small(recipe):
     full, small = load(recipe), load(recipe, ["scale=small"])
     assert load(recipe, ["scale=full"]) == full
-    assert (full.bases, full.replicates, full.evaluation.num_samples) == (4, 2, 2500)
+    assert (full.bases, full.replicates, full.evaluation.num_samples) == (3, 2, 2500)
     assert (small.bases, small.replicates, small.training.steps) == (2, 1, 60)
     assert small.arms == full.arms
     assert load(recipe, ["training.steps=40", "scale=small"]).training.steps == 40, "what is set beside it counts more"
