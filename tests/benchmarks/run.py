@@ -24,7 +24,7 @@ from bench_models import models
 from bench_note import Outcome, host_kind, machine, note, now, record, table
 from bench_runs import mlflow, quickstart
 from bench_sample import sample
-from bench_sweep import search, sweep
+from bench_sweep import search
 
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
@@ -36,7 +36,6 @@ BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
     "encode": encode,
     "sample": sample,
     "models": models,
-    "sweep": sweep,
     "search": search,
     "metrics": metrics,
     "gpu": gpu,
