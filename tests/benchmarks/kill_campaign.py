@@ -101,8 +101,8 @@ def _die_at_write(storage: Storage, number: int) -> None:
         setattr(storage, name, deadly(getattr(storage, name)))
 
 
-def fork(directory: Path, kill_at_write: int | None = None) -> int:
-    """Starts the run in a child and returns its process id."""
+def fork(directory: Path, work: Callable[[], int | None]) -> int:
+    """Starts work in a child, with log and scratch in the directory, whose exit code it answers; the process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -112,8 +112,7 @@ def fork(directory: Path, kill_at_write: int | None = None) -> int:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
         tempfile.tempdir = str(directory / "scratch")
-        train(directory, kill_at_write)
-        code = 0
+        code = work() or 0
     except BaseException as error:
         os.write(2, f"{type(error).__name__}: {error}\n".encode())
     os._exit(code)
@@ -121,7 +120,7 @@ def fork(directory: Path, kill_at_write: int | None = None) -> int:
 
 def finish(directory: Path) -> str:
     """Runs to the end and returns the digest of the last checkpoint's files."""
-    _, status = os.waitpid(fork(directory), 0)
+    _, status = os.waitpid(fork(directory, lambda: train(directory, None)), 0)
     if status:
         raise RuntimeError(f"the restarted run failed with status {status}: {(directory / 'log.txt').read_text()}")
     manifest = newest(directory)
@@ -148,9 +147,10 @@ def kill_once(directory: Path, aim: str, numbers: random.Random, duration: float
     steps_left = STEPS - (manifest.meta["step"] if manifest else 0)
     torn_before, start = num_torn(directory), time.monotonic()
     if aim == "writing":
-        pid = fork(directory, numbers.randrange(max(1, steps_left // CHECKPOINT_EVERY * FILES_A_CHECKPOINT)))
+        at_write = numbers.randrange(max(1, steps_left // CHECKPOINT_EVERY * FILES_A_CHECKPOINT))
+        pid = fork(directory, lambda: train(directory, at_write))
     else:
-        pid = fork(directory)
+        pid = fork(directory, lambda: train(directory, None))
         time.sleep(numbers.random() * duration * steps_left / STEPS)
         os.kill(pid, signal.SIGKILL)
     _, status = os.waitpid(pid, 0)

@@ -20,12 +20,13 @@ import shutil
 import signal
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from kill_campaign import CHECKPOINTS, RUN, STEPS, images, newest, read_results
+from kill_campaign import CHECKPOINTS, RUN, STEPS, fork, images, newest, read_results
 
 from orchestration.storage import open_storage
 from workers.checkpoint import CheckpointStore
@@ -66,25 +67,9 @@ def work(rank: int, group: Path, count: int, end: tuple[str, int] | None) -> int
 
 def run_group(directory: Path, number: int, count: int, ends: dict[int, tuple[str, int]]) -> list[int]:
     """Runs `count` workers to their ends; the exit code of each, negative for a signal."""
-    members = [fork(rank, directory / f"group-{number}", count, ends.get(rank)) for rank in range(count)]
+    group = directory / f"group-{number}"
+    members = [fork(directory, partial(work, rank, group, count, ends.get(rank))) for rank in range(count)]
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in members]
-
-
-def fork(rank: int, group: Path, count: int, end: tuple[str, int] | None) -> int:
-    """Starts a worker in a child and returns its process id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        with (group.parent / "log.txt").open("a") as log:
-            os.dup2(log.fileno(), 1)
-            os.dup2(log.fileno(), 2)
-        tempfile.tempdir = str(group.parent / "scratch")
-        code = work(rank, group, count, end)
-    except BaseException as error:
-        os.write(2, f"{type(error).__name__}: {error}\n".encode())
-    os._exit(code)
 
 
 def step_of(directory: Path) -> int:
