@@ -90,6 +90,11 @@ def is_of_one_base(found: Mapping[str, Any], bases: int) -> bool:
     return bases > 1 and bool(found) and found.get("bases", bases) == 1
 
 
+def unit_of(found: Mapping[str, Any], bases: int) -> str:
+    """What an interval counts, of an experiment with so many bases: `bases` or `pairs`."""
+    return "bases" if bases > 1 and not is_of_one_base(found, bases) else "pairs"
+
+
 def counted(found: Mapping[str, Any], bases: int) -> str:
     """What an interval is over, of an experiment with so many bases: `3 seeds`, `4 bases`, `base 0 alone, 2 seeds`."""
     alone = is_of_one_base(found, bases)

@@ -11,7 +11,7 @@ from typing import Any
 
 import jinja2
 
-from orchestration.differences import counted, is_of_one_base
+from orchestration.differences import counted, is_of_one_base, unit_of
 from orchestration.results import format_interval
 from orchestration.titles import companions, short_title, title
 
@@ -34,7 +34,7 @@ def render(template: str, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(interval=format_interval, title=title, short_title=short_title, number=number)
-    environment.filters.update(counted=counted)
+    environment.filters.update(counted=counted, unit_of=unit_of)
     environment.tests.update(of_one_base=is_of_one_base)
     script = folder.joinpath("page.js").read_text()
     hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()

@@ -11,7 +11,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
-from orchestration.differences import is_of_one_base
+from orchestration.differences import unit_of
 from orchestration.figures import count_curves, metric_curves, slow_flow_plot, times_plot
 from orchestration.page import COLOURS, data_uri, render
 from orchestration.results import cell_file, format_interval
@@ -76,9 +76,8 @@ def text_table(summary: Mapping[str, Any]) -> str:
             else f"  equal to {claim['control']}"
         )
         needed, bases = found.get("pairs_needed"), summary["protocol"].get("bases", 1)
-        unit = "bases" if bases > 1 and not is_of_one_base(found, bases) else "pairs"
         agreement = found["agreement"]
-        agreement += f", {needed} {unit} needed" if needed and agreement == "inconclusive" else ""
+        agreement += f", {needed} {unit_of(found, bases)} needed" if needed and agreement == "inconclusive" else ""
         rows.append((claim["arm"], f"{text}, as published: {format_interval(found, signed=True)}", agreement))
     widths = [max(len(row[i]) for row in rows) for i in range(2)]
     return "\n".join(f"{a:<{widths[0]}}  {b:<{widths[1]}}  {c}".rstrip() for a, b, c in rows)

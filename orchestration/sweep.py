@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
 from types import SimpleNamespace
 from typing import Any
@@ -144,7 +144,7 @@ def _tune(workspace: SweepWorkspace, ledger: Ledger, recorder: SweepRecorder, re
         storage_path=f"{storage.uri}/ray",
         num_samples=len(CONTROLS) + len(ledger.trials) + sweep_of(experiment).most_trials,  # or fewer
         search_alg=_Trials(experiment, ledger, recorder),
-        scheduler=_scheduler(experiment, ledger, steps),
+        scheduler=scheduler_of(experiment, ledger.trials, steps),
         callbacks=[_Accounts(experiment, ledger, recorder)],
         max_concurrent_trials=cluster.groups_that_fit(experiment.cluster),
         max_failures=experiment.cluster.max_failures,
@@ -259,8 +259,8 @@ def _mode(experiment: Experiment) -> str:
     return "max" if higher_is_better(experiment.objective.partition("/")[0]) else "min"
 
 
-def _scheduler(experiment: Experiment, ledger: Ledger, steps: int) -> TrialScheduler:
-    """FIFO, or ASHA that has heard of every trial that has ended."""
+def scheduler_of(experiment: Experiment, trials: Sequence[Entry], steps: int) -> TrialScheduler:
+    """FIFO, or ASHA for trials of at most so many steps, which has heard of those that have ended."""
     sweep, mode = sweep_of(experiment), _mode(experiment)
     if sweep.scheduler == "fifo":
         return FIFOScheduler()
@@ -275,7 +275,7 @@ def _scheduler(experiment: Experiment, ledger: Ledger, steps: int) -> TrialSched
         reduction_factor=sweep.reduction_factor,
     )
     told: Any = asha
-    for entry in ledger.trials:
+    for entry in trials:
         if not entry.is_open:
             known = SimpleNamespace(trial_id=entry.label)
             told.on_trial_add(None, known)

@@ -11,7 +11,7 @@ from bench_note import Outcome, figure
 
 from orchestration.recipe import load
 from orchestration.space import Search, Tried, parse_space, suggest
-from orchestration.sweep import _scheduler
+from orchestration.sweep import scheduler_of
 
 SPACE = {"mixture.gamma": "uniform(0.2,1.0)", "training.learning_rate": "loguniform(1e-4,1e-2)"}
 RUNGS, MOST_TRIALS, SWEEPS, GOOD_ENOUGH, NOISE, CROSSING = 4, 60, 40, 0.02, 0.02, 0.5
@@ -44,7 +44,7 @@ def _trials_to_find(seed: int, method: Search, scheduler: str, crossing: float) 
     planted = random.Random(f"planted {seed}")
     gamma, rate = planted.uniform(0.2, 1.0), 10 ** planted.uniform(-4, -2)
     experiment = load("quickstart", [f"sweep={{scheduler: {scheduler}, reduction_factor: 2, grace_steps: 1}}"])
-    judge: Any = _scheduler(experiment, SimpleNamespace(trials=()), RUNGS)  # type: ignore[arg-type]
+    judge: Any = scheduler_of(experiment, [], RUNGS)
     laws, tried, spent = parse_space(SPACE), list[Tried](), 0
     for number in range(MOST_TRIALS):
         params = suggest(laws, method, seed, number, tried, lower_is_better=True)

@@ -106,7 +106,7 @@ def test_asha_has_heard_of_what_was_before_a_restart(storage, objective, sign):
         ended(ledger, f"t{number:03d}", "pruned", (500, sign * float(number)))
 
     def decision(value: float, step: int = 500) -> str:
-        scheduler = sweep._scheduler(experiment, ledger, 1000)
+        scheduler = sweep.scheduler_of(experiment, ledger.trials, 1000)
         trial = SimpleNamespace(trial_id="new", status="RUNNING")
         scheduler.on_trial_add(None, trial)
         return scheduler.on_trial_result(None, trial, {"step": step, "objective": value})
