@@ -31,6 +31,7 @@ def hanging():
     with subprocess.Popen([sys.executable, "-c", HANGING], stdout=subprocess.PIPE) as process:
         assert process.stdout.readline()
         process.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED)
         yield psutil.Process(process.pid)
         process.kill()
 
