@@ -27,6 +27,7 @@ from typing import Any
 from unittest import mock
 
 import yaml
+from campaigns import append_result, read_results
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 from pydantic import BaseModel
@@ -259,23 +260,11 @@ def main() -> int:
             made := sum(entry["valid"] + entry["refused"] + entry["faults"] for entry in batches)
         ) < options.experiments:
             batches.append(play(min(BATCH, options.experiments - made), len(batches), Path(name)))
-            with options.results.open("a") as file:
-                file.write(json.dumps(batches[-1]) + "\n")
+            append_result(options.results, batches[-1])
             print({key: value for key, value in batches[-1].items() if key != "found"}, flush=True)
     total = {key: sum(entry[key] for entry in batches) for key in ("valid", "refused", "faults")}
     print(f"{sum(total.values())} experiments: {total}, the slowest took {max(e['slowest_s'] for e in batches)} s")
     return 1 if total["faults"] else 0
-
-
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The batches that are there; a last line that was cut off while it was written is removed."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        path.write_text("".join(lines[:-1]))
-        lines.pop()
-    return [json.loads(line) for line in lines]
 
 
 if __name__ == "__main__":

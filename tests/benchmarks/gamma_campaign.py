@@ -17,7 +17,6 @@ chose.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from kill_campaign import read_results
+from campaigns import append_result, read_results
 from scipy import stats
 
 from mixflow_core.statistics import student_interval
@@ -247,8 +246,7 @@ def campaign(results: Path, workspace: Path, wanted: Callable[[str], bool]) -> l
                 continue
             print(f"== {name}", flush=True)
             entry = play(images, base, workspace)
-            with results.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+            append_result(results, entry)
     return read_results(results)
 
 

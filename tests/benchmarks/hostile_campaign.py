@@ -35,6 +35,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch._dynamo  # pickles of torch's import it on their first use
+from campaigns import append_result, read_results
 from PIL import Image
 
 from orchestration.storage import open_storage
@@ -488,13 +489,11 @@ def main() -> int:
     options = parser.parse_args()
     torch.set_num_threads(1)
     results, watch = options.results.absolute(), Watch()
-    lines = results.read_text().splitlines() if results.exists() else []
-    entries = {entry["kind"]: entry for entry in map(json.loads, lines)}
+    entries = {entry["kind"]: entry for entry in read_results(results)}
     for name in options.only:
         if entries.get(name, {}).get("variants", 0) < options.variants:
             entries[name] = play(name, options.variants, watch)
-            with results.open("a") as file:
-                file.write(json.dumps(entries[name]) + "\n")
+            append_result(results, entries[name])
             print(json.dumps(entries[name]), flush=True)
     bad = [name for name in options.only if entries[name]["faults"]]
     print(

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch._dynamo  # AdamW imports it on its first use: a second that each child would spend anew
+from campaigns import append_result, read_results
 
 from orchestration.storage import Storage, open_storage
 from workers.checkpoint import CheckpointStore
@@ -183,17 +184,6 @@ def _fresh(directory: Path) -> Path:
     return directory
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The rounds that are there; a last line that was cut off while it was written is removed."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        path.write_text("".join(lines))
-    return [json.loads(line) for line in lines]
-
-
 def campaign(results: Path, kills: int) -> list[dict[str, Any]]:
     """Plays rounds until there are at least `kills` kills, the rounds in the result file included."""
     results.parent.mkdir(parents=True, exist_ok=True)
@@ -209,8 +199,7 @@ def campaign(results: Path, kills: int) -> list[dict[str, Any]]:
             number = len(rounds)
             wanted = min(random.Random(f"kills of {number}").randint(1, 4), kills - made)
             rounds.append(play_round(number, wanted, reference, duration, scratch))
-            with results.open("a") as file:
-                file.write(json.dumps(rounds[-1]) + "\n")
+            append_result(results, rounds[-1])
             print(f"round {number}: {_brief(rounds[-1])}", flush=True)
     return rounds
 

@@ -27,6 +27,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
+from campaigns import append_result, read_results
+
 RESULTS = Path(__file__).parent / "results" / "secrets_campaign.jsonl"
 sys.path += [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "orchestration")]
 
@@ -323,13 +325,11 @@ def main() -> int:
     place, bad = Place(options.work.absolute()), 0
     try:
         place.start_mlflow()
-        lines = options.results.read_text().splitlines() if options.results.exists() else []
-        done = {json.loads(line)["scenario"] for line in lines}
+        done = {entry["scenario"] for entry in read_results(options.results)}
         for name in [name for name in options.only if name not in done]:
             entry = play(name, place)
             bad += bool(entry["leaks"]) or (name in EXPECTED and entry["exit_code"] != EXPECTED[name])
-            with options.results.open("a") as file:
-                file.write(json.dumps(entry) + "\n")
+            append_result(options.results, entry)
             print(json.dumps(entry, indent=1), flush=True)
     finally:
         place.close()

@@ -41,6 +41,7 @@ from typing import Any
 
 import boto3
 import torch
+from campaigns import append_result, read_results
 
 sys.path.append(str(Path(__file__).parents[1] / "servers"))
 import s3_servers
@@ -400,17 +401,6 @@ def cases(seconds: float, servers: Servers | None, scratch: Path) -> Iterator[tu
     yield "faults/quota full/save", partial(quota, servers)
 
 
-def read_results(path: Path) -> list[dict[str, Any]]:
-    """The cases that are there; a last line that was cut off while it was written is removed."""
-    if not path.exists():
-        return []
-    lines = path.read_text().splitlines(keepends=True)
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-        path.write_text("".join(lines))
-    return [json.loads(line) for line in lines]
-
-
 def campaign(options: argparse.Namespace, servers: Servers | None, scratch: Path) -> list[dict[str, Any]]:
     results = read_results(options.results)
     done = {(entry["case"], entry["round"]) for entry in results}
@@ -419,8 +409,7 @@ def campaign(options: argparse.Namespace, servers: Servers | None, scratch: Path
             if (name, number) in done or not re.match(options.only, name):
                 continue
             results.append({"case": name, "round": number, **play()})
-            with options.results.open("a") as file:
-                file.write(json.dumps(results[-1]) + "\n")
+            append_result(options.results, results[-1])
             print(json.dumps(results[-1]), flush=True)
     return results
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import os
 import random
 import shutil
@@ -26,7 +25,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from kill_campaign import CHECKPOINTS, RUN, STEPS, fork, images, newest, read_results
+from campaigns import append_result, read_results
+from kill_campaign import CHECKPOINTS, RUN, STEPS, fork, images, newest
 
 from orchestration.storage import open_storage
 from workers.checkpoint import CheckpointStore
@@ -115,8 +115,7 @@ def campaign(results: Path, seeds: int) -> list[dict[str, Any]]:
         for seed in range(len(rounds), seeds):
             entry = play(seed, COUNTS, Path(name))
             rounds.append(entry | {"equal": entry["digest"] == reference})
-            with results.open("a") as file:
-                file.write(json.dumps(rounds[-1]) + "\n")
+            append_result(results, rounds[-1])
             told = ", ".join(f"{c['workers']} {c['how']} at {c['to_step']}" for c in entry["changes"])
             print(f"round {seed}: {told}: {'equal' if rounds[-1]['equal'] else 'NOT EQUAL'}", flush=True)
     return rounds

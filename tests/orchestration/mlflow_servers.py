@@ -53,8 +53,10 @@ class MlflowServer:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        """Starts the server unless it runs, and waits until it answers."""
-        if self._process is None:
+        """Starts the server, or lets one that was stopped go on, and waits until it answers."""
+        if self._process is not None:
+            self.signal(signal.SIGCONT)
+        else:
             # One process instead of six: these servers need no background jobs.
             env = os.environ | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
             with self._log.open("ab") as log:
@@ -94,28 +96,55 @@ def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
+class Postgresql:
+    """A PostgreSQL server at one fixed port with an empty database, which `remove` ends with all that is in it."""
+
+    def __init__(self) -> None:
+        self._bindir, self._port = _postgresql_bindir(), free_port()
+        self.uri = f"postgresql+psycopg2://mlflow@127.0.0.1:{self._port}/postgres"
+        user = "postgres" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name  # it refuses to run as root
+        self._prefix = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"] * (os.geteuid() == 0)
+        self._directory = Path(tempfile.mkdtemp(prefix="mixflow-pg-"))  # pytest's own are closed to other users
+        if self._prefix:
+            shutil.chown(self._directory, user, user)
+        options = ["-U", "mlflow", "-A", "trust", "-E", "UTF8", "--no-sync"]
+        command = [*self._prefix, f"{self._bindir}/initdb", "-D", str(self._directory / "data"), *options]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, cwd="/")
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def runs(self) -> bool:
+        return self._process is not None
+
+    def start(self) -> None:
+        """Starts the server, and waits until it answers."""
+        options = ["-h", "127.0.0.1", "-p", str(self._port), "-c", "unix_socket_directories=", "-c", "fsync=off"]
+        command = [*self._prefix, f"{self._bindir}/postgres", "-D", str(self._directory / "data"), *options]
+        self._process = subprocess.Popen(command, cwd="/", stderr=subprocess.DEVNULL)
+        ready = [f"{self._bindir}/pg_isready", "-q", "-h", "127.0.0.1", "-p", str(self._port), "-U", "mlflow"]
+        wait_until(lambda: subprocess.run(ready, check=False).returncode == 0, "PostgreSQL starts")
+
+    def stop(self) -> None:
+        """Ends it at once, with all connections; what was committed is there after `start`."""
+        if self._process is not None:
+            self._process.send_signal(signal.SIGQUIT)
+            self._process.wait()
+            self._process = None
+
+    def remove(self) -> None:
+        self.stop()
+        shutil.rmtree(self._directory)
+
+
 @pytest.fixture(scope="session")
 def postgresql() -> Iterator[str]:
     """The URI of a database on a PostgreSQL server of its own."""
-    bindir = _postgresql_bindir()
-    user = "postgres" if os.geteuid() == 0 else pwd.getpwuid(os.geteuid()).pw_name  # it refuses to run as root
-    prefix = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"] if os.geteuid() == 0 else []
-    directory = Path(tempfile.mkdtemp(prefix="mixflow-pg-"))  # pytest's own directories are closed to other users
-    if prefix:
-        shutil.chown(directory, user, user)
-    data, port = directory / "data", free_port()
-    initdb = [*prefix, f"{bindir}/initdb", "-D", str(data), "-U", "mlflow", "-A", "trust", "-E", "UTF8", "--no-sync"]
-    subprocess.run(initdb, check=True, stdout=subprocess.DEVNULL, cwd="/")
-    options = ["-h", "127.0.0.1", "-p", str(port), "-c", "unix_socket_directories=", "-c", "fsync=off"]
-    server = subprocess.Popen([*prefix, f"{bindir}/postgres", "-D", str(data), *options], cwd="/")
+    server = Postgresql()
     try:
-        ready = [f"{bindir}/pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port), "-U", "mlflow"]
-        wait_until(lambda: subprocess.run(ready, check=False).returncode == 0, "PostgreSQL starts")
-        yield f"postgresql+psycopg2://mlflow@127.0.0.1:{port}/postgres"
+        server.start()
+        yield server.uri
     finally:
-        server.send_signal(signal.SIGQUIT)  # at once: nothing of it is needed any more
-        server.wait()
-        shutil.rmtree(directory)
+        server.remove()
 
 
 @pytest.fixture(scope="session")

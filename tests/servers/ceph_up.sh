@@ -89,7 +89,7 @@ export CEPH_CONF=$DIR/ceph.conf
 
 # A connection alone proves nothing: the port may be another server's.
 answers() {
-  exec 3<>"/dev/tcp/127.0.0.1/$S3_PORT" && printf 'GET / HTTP/1.0\r\n\r\n' >&3 && timeout 5 grep -q ListAllMyBuckets <&3
+  exec 3<>"/dev/tcp/${S3_HOST:-127.0.0.1}/$S3_PORT" && printf 'GET / HTTP/1.0\r\n\r\n' >&3 && timeout 5 grep -q ListAllMyBuckets <&3
 }
 for _ in $(seq 100); do
   if (answers) 2>/dev/null; then exit 0; fi

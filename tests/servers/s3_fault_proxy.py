@@ -1,4 +1,4 @@
-"""An HTTP proxy that puts faults between an S3 client and its server (standard library alone).
+"""An HTTP proxy that puts faults between a client and its server, S3 or other (standard library alone).
 
 usage: python s3_fault_proxy.py TARGET_PORT
 
@@ -24,6 +24,7 @@ ERRORS = {
     "expired": ("400 Bad Request", "ExpiredToken"),
     "conflict409": ("409 Conflict", "OperationAborted"),
 }
+LATE_S = 30
 
 
 @dataclass
@@ -34,7 +35,8 @@ class Fault:
         mode: ok; one of ERRORS (answered here); blackhole (never answered); reset (connection reset, after `after`
             bytes of body if given); lost (the server acts, its answer is lost); truncate (the answer ends after `after`
             bytes, headers included); corrupt (byte `after` of the upload's body, or else of the answer, is altered);
-            slow (bytes pass at 1 kB/s each way, for as long as this is the fault).
+            slow (bytes pass at 1 kB/s each way, for as long as this is the fault); late (the server acts at once, its
+            answer comes 30 s later).
         methods: HTTP methods concerned; empty for all.
         count: how many requests are hit; None for all.
         after: a number of bytes, see the modes.
@@ -129,6 +131,8 @@ class Proxy:
         """Carries bytes until the sender ends, or raises Cut where the fault ends it."""
         after, passed = self.fault.after, 0
         while chunk := await reader.read(100 if self.fault.mode == mode == "slow" else 1 << 16):
+            if mode == "late" and not passed:
+                await asyncio.sleep(LATE_S)
             if self.fault.mode == mode == "slow":
                 await asyncio.sleep(0.1)
             if mode in ("truncate", "reset") and passed + len(chunk) >= after:

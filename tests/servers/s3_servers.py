@@ -48,16 +48,16 @@ def ceph_is_installed() -> bool:
 
 
 @contextmanager
-def ceph(directory: Path) -> Iterator[Ceph]:
+def ceph(directory: Path, host: str = "127.0.0.1") -> Iterator[Ceph]:
     """A cluster of its own in `directory`, which must not exist yet; it is removed at the end."""
     port = free_port()
-    env = os.environ | {"S3_ACCESS_KEY": ACCESS_KEY, "S3_SECRET_KEY": SECRET_KEY}
+    env = os.environ | {"S3_ACCESS_KEY": ACCESS_KEY, "S3_SECRET_KEY": SECRET_KEY, "S3_HOST": host}
     command = [str(HERE / "ceph_up.sh"), str(directory), str(port), str(free_port())]
     started = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=False)
     if started.returncode:
         raise RuntimeError(started.stderr)
     try:
-        endpoint = f"http://127.0.0.1:{port}"
+        endpoint = f"http://{host}:{port}"
         make_bucket(endpoint)
         yield Ceph(endpoint, directory)
     finally:
