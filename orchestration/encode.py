@@ -17,14 +17,15 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
-from orchestration.inputs import local_codec, local_encoders
+from orchestration.given import local_codec, local_encoders
 from orchestration.launch import RunFailedError
 from orchestration.parts import Parts
 from orchestration.storage import Storage
 from workers.codecs import CodecConfig
-from workers.data import Split, Statistics, captions_path, shard_path, write_statistics
+from workers.data import Split
 from workers.encode import TRANSFORM, Encoder, Images, Plan, Recipe, Shard, plan_encoding
 from workers.manifest import Manifest, canonical_hash
+from workers.shards import Statistics, captions_path, shard_path, write_statistics
 from workers.sources import Place
 
 log = logging.getLogger(__name__)

@@ -1,33 +1,39 @@
-"""What an experiment is given: data, codecs and checkpoints, brought here and checked before any worker is started."""
+"""What an experiment is given, checked before any worker starts: data, codecs, encoders, references, checkpoints."""
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from pathlib import Path, PurePosixPath
+from dataclasses import fields
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from orchestration.differences import recall_beside
 from orchestration.experiment import LEAST_HELD_OUT, Experiment
+from orchestration.given import (
+    files_at,
+    given_base,
+    given_guide,
+    given_weights,
+    local_codec,
+    local_copy,
+    local_encoders,
+    local_extractor,
+    of_section,
+    readable,
+)
 from orchestration.launch import cache_directory
-from orchestration.storage import Storage, open_storage
+from orchestration.storage import open_storage
 from orchestration.workflow import Workspace
-from workers import data as images
+from workers import shards
 from workers.adm import AdmReference, read_reference
 from workers.classifier import NUM_FEATURES
-from workers.codecs import CodecConfig, dino_width, directory_hash, latent_shape_of
+from workers.codecs import CodecConfig, dino_width, latent_shape_of
+from workers.data import SPLITS, Split
 from workers.encode import FEATURE_PATCH, Images, plan_encoding
 from workers.evaluate import PATCH, metric_names
-from workers.extractors import ExtractorConfig, dimension_of
+from workers.extractors import dimension_of
 from workers.manifest import measure
-from workers.models.family import ModelConfig
 from workers.models.sd3 import SD3Config
 from workers.pretrained import text_widths
 from workers.sources import is_there, list_source
@@ -82,7 +88,7 @@ def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> Checked:
             raise _lacks_pixels("train")
         found, warnings = plan.recipe.num_classes, _left_out(experiment.data.images, plan.left_out)
         facts = {split: {"num_images": count} for split, count in plan.num_rows.items()}
-        to_encode = {split: sum(len(s.places) for s in plan.shards if s.split == split) for split in images.SPLITS}
+        to_encode = {split: sum(len(s.places) for s in plan.shards if s.split == split) for split in SPLITS}
         if found != experiment.model.num_classes:
             raise ValueError(
                 f"model.num_classes must be the {found} of data.images.source, got {experiment.model.num_classes}"
@@ -126,7 +132,7 @@ def _check_uris(workspace: Workspace) -> None:
             raise ValueError(f"{name} {str(error).removeprefix('storage ')}") from error
         if uri.startswith("s3://") and name not in others:
             with readable(name, uri):
-                _files_at(name, uri)
+                files_at(name, uri)
 
 
 def _uris(experiment: Experiment) -> Iterator[tuple[str, str]]:
@@ -236,11 +242,6 @@ def _check_primary(experiment: Experiment, known: AdmReference | None) -> None:
         recall_beside(metric, measured)
 
 
-def local_extractor(config: ExtractorConfig) -> ExtractorConfig:
-    """The extractor with a local path, see local_copy."""
-    return replace(config, weights=local_copy("weights", config.weights, config.sha256))
-
-
 # ----------------------------------------------------------------------------------------------------------- data
 
 
@@ -252,12 +253,12 @@ def check_data(workspace: Workspace) -> dict[str, Any]:
     """
     artifact, storage = workspace.result("data"), workspace.storage
     # Kept by the data's content, because reading a large set takes hours.
-    kept = f"checks/{artifact.manifest.digest[:16]}-{images.SCHEMA_VERSION}-{FACTS_VERSION}.json"
+    kept = f"checks/{artifact.manifest.digest[:16]}-{shards.SCHEMA_VERSION}-{FACTS_VERSION}.json"
     facts: dict[str, Any] = json.loads(storage.read(kept)) if storage.exists(kept) else {}
     directory = None if facts else artifact.fetch(cache_directory())
-    for split in images.SPLITS:
+    for split in SPLITS:
         if directory:
-            facts[split] = images.facts_of(directory, split)
+            facts[split] = shards.facts_of(directory, split)
         _check_split(workspace.experiment, split, facts[split])
     if directory:
         storage.put(kept, json.dumps(facts).encode())
@@ -297,7 +298,7 @@ def source_changes(workspace: Workspace) -> list[str]:
     return [f"data.images.source {settings.source} {found}; the encoded data are kept, --force data redoes them"]
 
 
-def _check_split(experiment: Experiment, name: images.Split, facts: Mapping[str, Any]) -> None:
+def _check_split(experiment: Experiment, name: Split, facts: Mapping[str, Any]) -> None:
     model, codec = experiment.model, experiment.codec.description if experiment.codec else None
     if facts["codec"] != codec:
         _refuse_codec(facts["codec"], codec)
@@ -342,7 +343,7 @@ def least_held_out(experiment: Experiment) -> int:
 def _splits_seen(experiment: Experiment) -> set[str]:
     """The splits whose pixels are looked at, by the classifier or as the reference."""
     evaluation = experiment.evaluation
-    by_classifier = images.SPLITS if any(e.kind == "digits" for e in evaluation.extractors) else ()
+    by_classifier = SPLITS if any(e.kind == "digits" for e in evaluation.extractors) else ()
     return {*by_classifier, *([evaluation.reference.split] if evaluation.reference.split else [])}
 
 
@@ -406,182 +407,4 @@ def _check_encoders(experiment: Experiment, settings: Images, image_size: int) -
             )
 
 
-def local_codec(config: CodecConfig) -> CodecConfig:
-    """The codec with local paths: what lies on S3 is brought to this machine's cache, once.
-
-    Raises:
-        ValueError: something cannot be brought.
-    """
-    return replace(
-        config,
-        weights=local_copy("weights", config.weights, config.sha256),
-        decoder=local_copy("decoder", config.decoder, config.decoder_sha256),
-        statistics=local_copy("statistics", config.statistics, config.statistics_sha256),
-    )
-
-
-def local_encoders(settings: Images) -> Images:
-    """The same for the encoders of alignment features and of captions."""
-    return settings.model_copy(
-        update={
-            name: local_copy(name, path, getattr(settings, f"{name}_sha256") or "")
-            for name in ("features", "text_encoders")
-            if (path := getattr(settings, name))
-        }
-    )
-
-
-def local_copy(name: str, uri: str, sha256: str) -> str:
-    """A local path of the file or directory at `uri`, which is that path itself where it is one.
-
-    What lies elsewhere is copied to the cache under its hash, once a machine.
-
-    Args:
-        name: of the setting, for messages.
-        uri: a local path or an s3:// URI; "" stays "".
-        sha256: its hash, of a file or a directory_hash.
-
-    Raises:
-        ValueError: nothing can be read there, or what lies there has another hash.
-    """
-    if not uri.startswith("s3://"):
-        return uri.removeprefix("file://")
-    home = cache_directory() / "given"
-    home.mkdir(parents=True, exist_ok=True)
-    target = home / f"{sha256}{Path(uri).suffix}"
-    with (home / f".{sha256}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if target.exists() and _hash_of(target) != sha256:  # what lay there under this hash was something else
-            shutil.rmtree(target) if target.is_dir() else target.unlink()
-        if not target.exists():
-            with readable(name, uri), tempfile.TemporaryDirectory(dir=home, prefix=".coming-") as scratch:
-                _bring(name, uri, Path(scratch) / "it")
-                found = _hash_of(Path(scratch) / "it")
-                if found != sha256:
-                    raise ValueError(
-                        f"{name} {uri} must have the SHA-256 {sha256}, got {found}; get the right files or state it"
-                    )
-                os.replace(Path(scratch) / "it", target)
-    return str(target)
-
-
-def _bring(name: str, uri: str, target: Path) -> None:
-    storage, last, files = _files_at(name, uri)
-    if files == [last]:
-        storage.copy_out(last, target)
-        return
-    for file in files:
-        below = file.removeprefix(f"{last}/")
-        if PurePosixPath(below).is_absolute() or {"", ".", ".."} & set(below.split("/")):
-            raise ValueError(f"{name} must hold files with names that stay below it, got {file!r}; rename it")
-        path = target / below
-        path.parent.mkdir(parents=True, exist_ok=True)
-        storage.copy_out(file, path)
-
-
-def _files_at(name: str, uri: str) -> tuple[Storage, str, list[str]]:
-    """The storage around a URI, its last part, and the file of that name or the files below it."""
-    folder, _, last = uri.rstrip("/").rpartition("/")
-    if folder == "s3:/":
-        raise ValueError(f"{name} must name a file or a directory in its bucket, got {uri!r}; add its name")
-    storage = open_storage(folder)
-    files = [last] if storage.exists(last) else storage.list(last)
-    if not files:
-        raise ValueError(f"{name} must be a file or a directory, got {uri!r} with nothing there; correct the URI")
-    return storage, last, files
-
-
-def _hash_of(path: Path) -> str:
-    return directory_hash(path) if path.is_dir() else measure(path).sha256
-
-
-# ---------------------------------------------------------------------------------------------------- checkpoints
-
-
-@dataclass(frozen=True)
-class Given:
-    """A checkpoint that the experiment names, in `section`, the result of `stage`."""
-
-    section: str
-    stage: str
-    uri: str
-    sha256: str
-    model: ModelConfig
-
-
-def given_base(experiment: Experiment) -> Given | None:
-    """The base's checkpoint; None where the base is trained here."""
-    base = experiment.base
-    return (
-        Given("base", experiment.base_stage(), base.checkpoint, base.sha256 or "", experiment.model)
-        if base.checkpoint
-        else None
-    )
-
-
-def given_guide(experiment: Experiment) -> Given | None:
-    """The guide's checkpoint; None without a guide."""
-    guide = experiment.guide
-    return Given("guide", "guide", guide.checkpoint, guide.sha256, guide.model) if guide else None
-
-
-@contextmanager
-def given_weights(given: Given) -> Any:
-    """A local, verified, strictly fitting copy of given weights as a state dict.
-
-    Raises:
-        ValueError: there is none.
-    """
-    from workers.models.checkpoints import load_weights
-    from workers.models.mismatch import check_architecture
-
-    where = f"{given.section}.checkpoint"
-    folder, _, name = given.uri.rpartition("/")
-    with tempfile.TemporaryDirectory(prefix="mixflow-given-") as scratch:
-        storage = open_storage(folder or ("/" if given.uri.startswith("/") else "."))
-        path = Path(storage.uri) / name if storage.is_local else Path(scratch) / name
-        if not storage.is_local:
-            with readable(where, given.uri):
-                storage.copy_out(name, path)
-        if path.is_dir():
-            raise ValueError(
-                f"{where} must be a file, got the directory {given.uri!r}; "
-                "mixflow import makes a file of a diffusers directory"
-            )
-        if not path.is_file():
-            raise ValueError(f"{where} must be a file, got {given.uri!r}, which does not exist")
-        found = measure(path).sha256
-        if found != given.sha256:
-            raise ValueError(
-                f"{given.section}.sha256 must be the checkpoint's {found}, got {given.sha256}; the file is another one"
-            )
-        with of_section(given.section, "checkpoint"):
-            weights = load_weights(path)
-            check_architecture(weights, given.model, given.uri)
-        yield weights
-
-
 # -------------------------------------------------------------------------------------------------------- wording
-
-
-@contextmanager
-def readable(name: str, uri: str) -> Iterator[None]:
-    """What was given may lie in another storage than the workspace, which nobody has tried yet."""
-    try:
-        yield
-    except OSError as error:
-        raise ValueError(f"{name} must be readable, got {uri!r} ({error}); correct the URI or the access") from error
-
-
-@contextmanager
-def of_section(name: str, *settings: str) -> Iterator[None]:
-    """Says to which section of the file a worker's complaint belongs, and to which of its settings if it names one."""
-    try:
-        yield
-    except ValueError as error:
-        text, first = str(error), re.split(r"[ .]", str(error), maxsplit=1)[0]
-        if first in settings:
-            raise ValueError(f"{name}.{text}") from error
-        if name.endswith(f".{first}"):
-            raise ValueError(f"{name}{text.removeprefix(first)}") from error
-        raise ValueError(f"{name}: {text}") from error

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from mixflow_core.metrics import Gaussian, Moments, frechet_distance
-from orchestration.inputs import local_copy, local_extractor
+from orchestration.given import local_copy, local_extractor
 from orchestration.site import Inputs, Site, data_of, part_name
 from orchestration.workflow import Artifact, Stage
 from workers.adm import read_images, read_reference

@@ -16,7 +16,8 @@ from orchestration import cluster, mlflow_server, results
 from orchestration.encode import encode
 from orchestration.experiment import Experiment
 from orchestration.figures import slow_flow_plot
-from orchestration.inputs import check_data, check_inputs, given_base, given_guide, given_weights, least_held_out
+from orchestration.given import given_base, given_guide, given_weights
+from orchestration.inputs import check_data, check_inputs, least_held_out
 from orchestration.launch import ControllerDiedError, Reporter, launch, start_reporter
 from orchestration.progress import Progress
 from orchestration.recording import Recorder
@@ -25,8 +26,9 @@ from orchestration.s3_client import s3_environment
 from orchestration.storage import Storage, open_storage
 from orchestration.watch import watching
 from orchestration.workflow import Stage, Workspace, code_version, needed_for
-from workers import data as images
+from workers.data import digits as digit_images
 from workers.io import StoppedError
+from workers.shards import write_shards
 
 
 @dataclass
@@ -188,7 +190,7 @@ def _driver_stages(workspace: Workspace, stages: list[Stage], progress: Progress
         with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch:
             start, digits = time.monotonic(), workspace.experiment.data.digits
             assert digits, "shards that are given were checked, and images encoded, before"
-            images.write_shards(images.digits(digits.image_size, digits.held_out), Path(scratch), num_classes=10)
+            write_shards(digit_images(digits.image_size, digits.held_out), Path(scratch), num_classes=10)
             workspace.publish("data", Path(scratch), seconds=time.monotonic() - start)
         progress.show({"stage": "data", "done": 1, "total": 1, "metrics": {}})
     for given in (given_base(workspace.experiment), given_guide(workspace.experiment)):

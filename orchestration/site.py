@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from orchestration.results import cell_file
 from orchestration.storage import Storage
 from orchestration.workflow import Artifact, Stage, Workspace
-from workers.data import ImageSet, Split, open_shards
+from workers.data import ImageSet, Split
+from workers.shards import open_shards
 
 Tell = Callable[[str, int, int, Mapping[str, float]], None]
 

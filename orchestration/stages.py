@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from mixflow_core.correctives import SamplingCorrective
 from mixflow_core.samplers import Sampler
 from orchestration import measuring
-from orchestration.inputs import local_codec
+from orchestration.given import local_codec
 from orchestration.objective import Objective
 from orchestration.results import cell_file
 from orchestration.site import Inputs, Site, Work, data_of, part_name, weights_of

@@ -24,7 +24,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from mixflow_core.rng import generator
-from workers import data
+from workers import shards
 from workers.codecs import (
     Codec,
     CodecConfig,
@@ -36,8 +36,9 @@ from workers.codecs import (
     open_dinov2,
 )
 from workers.config import Frozen
-from workers.data import CaptionTable, ImageSet, Split, Statistics, write_captions, write_shard
+from workers.data import CaptionTable, ImageSet, Split
 from workers.pretrained import TextEncoders
+from workers.shards import Statistics, write_captions, write_shard
 from workers.sources import Kind, Place, Reader, Source, list_source
 
 TRANSFORM = "adm_centre_crop"
@@ -151,7 +152,7 @@ class Plan(NamedTuple):
     def caption_parts(self) -> list[list[str]]:
         """The captions by file, the empty one as the last row of the last; none for class labels."""
         rows = [*self.captions, ""] if self.captions else []
-        return [rows[start : start + data.CAPTIONS_A_FILE] for start in range(0, len(rows), data.CAPTIONS_A_FILE)]
+        return [rows[start : start + shards.CAPTIONS_A_FILE] for start in range(0, len(rows), shards.CAPTIONS_A_FILE)]
 
 
 class Unreadable(NamedTuple):

@@ -1,17 +1,43 @@
-"""Sweeps: how soon each search finds an optimum."""
+"""Sweeps: what a trial costs beside the same run launched by itself, and how soon each search finds an optimum."""
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import random
+import subprocess
+import sys
+import tempfile
+import time
+from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from bench_note import Outcome, figure
+from bench_note import ROOT, Outcome, figure
 
 from orchestration.recipe import load
 from orchestration.space import Search, Tried, parse_space, suggest
 from orchestration.sweep import scheduler_of
+
+OVERHEAD_AIM_S = 5.0
+LIMIT_S = 1800.0
+STANDARD = "standard: {mixture: {time_law: uniform, gamma: 0}}"
+RUNS = (
+    "cluster.num_workers=1",
+    "cluster.cpus_per_worker=2",
+    "replicates=2",
+    "base.train.steps=200",
+    "base.train.checkpoint_every=200",
+    "training.steps=200",
+    "training.log_every=50",
+    "training.checkpoint_every=100",
+    "evaluation.num_samples=500",
+    "evaluation.slow_flow_samples=50",
+    "sweep={objective: fd_digits/euler4/s1}",
+)
+GAMMAS = (0.2, 0.4, 0.6, 0.8)
 
 SPACE = {"mixture.gamma": "uniform(0.2,1.0)", "training.learning_rate": "loguniform(1e-4,1e-2)"}
 RUNGS, MOST_TRIALS, SWEEPS, GOOD_ENOUGH, NOISE, CROSSING = 4, 60, 40, 0.02, 0.02, 0.5
@@ -66,3 +92,64 @@ def _trials_to_find(seed: int, method: Search, scheduler: str, crossing: float) 
         if goes_on and depth <= GOOD_ENOUGH:
             return spent / RUNGS
     return math.inf
+
+
+def sweep(quick: bool) -> Outcome:
+    """What a trial costs beyond its own training and measuring, beside arms of one run and a command for each."""
+    gammas = GAMMAS[:2] if quick else GAMMAS
+    with tempfile.TemporaryDirectory(prefix="mixflow-benchmark-") as scratch:
+        swept, arms, each = (Path(scratch, name) for name in ("sweep", "arms", "each"))
+        _run(["sweep", "quickstart", f"--space=mixture.gamma=grid({','.join(map(str, gammas))})"], swept)
+        _run(["train", "quickstart", _arms(*gammas)], arms)
+        beyond = []
+        for gamma in gammas:  # all of them in one workspace, so that the base is made by the first alone
+            before = set(each.glob("arms/*"))
+            whole = _run(["train", "quickstart", _arms(gamma)], each)
+            made = [path for path in each.glob("arms/*/manifest.json") if path.parent not in before]
+            beyond.append((whole - sum(map(_own_s, made))) / len(made))
+        figures = [
+            figure("a trial of a sweep, beyond its own stage", "s", _between(swept, "trials"), OVERHEAD_AIM_S),
+            figure("an arm of one run, beyond its own stage", "s", _between(arms, "arms")),
+            figure("an arm by a command of its own, beyond its own stage", "s", beyond[1:]),
+        ]
+    about = (
+        "The same trainings on one worker of two CPUs, as trials of a sweep, as arms of one run, and by a command for "
+        "each. A trial's own stage is its training and the measuring of its objective, as its worker timed them; what "
+        "goes beyond it is the time from one result to the next, less that. The first of each is left out."
+    )
+    return Outcome("sweep", about, figures, {"settings": RUNS, "gammas": gammas})
+
+
+def _arms(*gammas: float) -> str:
+    """Standard training and slowed mixtures, of which no verdict is asked and which need no control of their own."""
+    arms = [STANDARD, *(f"gamma-{gamma}: {{judged: false, mixture: {{gamma: {gamma}}}}}" for gamma in gammas)]
+    return f"--set=arms={{{', '.join(arms)}}}"
+
+
+def _own_s(manifest: Path) -> float:
+    return float(json.loads(manifest.read_text())["meta"]["seconds"])
+
+
+def _between(workspace: Path, kind: str) -> list[float]:
+    """Seconds between one result of a kind and the next, less the later one's own."""
+    made = sorted(workspace.glob(f"{kind}/*/manifest.json"), key=lambda path: path.stat().st_mtime)
+    return [b.stat().st_mtime - a.stat().st_mtime - _own_s(b) for a, b in pairwise(made)]
+
+
+def _run(arguments: list[str], workspace: Path) -> float:
+    """Seconds of a command in a workspace."""
+    env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+    command = [sys.executable, "-m", "orchestration", *arguments, "--json", *(f"--set={one}" for one in RUNS)]
+    start = time.monotonic()
+    done = subprocess.run(
+        command,
+        env={**env, "MIXFLOW_WORKSPACE": str(workspace)},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=LIMIT_S,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"`{' '.join(command)}` ended with {done.returncode}: {done.stderr[-2000:]}")
+    return time.monotonic() - start

@@ -39,7 +39,7 @@ from campaigns import append_result, read_results
 from PIL import Image
 
 from orchestration.storage import open_storage
-from workers import data, encode
+from workers import encode, shards
 from workers.adm import read_reference
 from workers.manifest import CorruptError, Manifest
 from workers.models.checkpoints import load_weights
@@ -370,8 +370,8 @@ def a_shard_that_unpacks_to_more_than_may_be(place: Path, numbers: random.Random
             writer.write_table(group)
 
     def read() -> list[Any]:
-        with mock.patch.object(data, "MOST_BYTES", 2**26):
-            return list(data.read_shards(place, "train"))
+        with mock.patch.object(shards, "MOST_BYTES", 2**26):
+            return list(shards.read_shards(place, "train"))
 
     return read
 
@@ -385,7 +385,7 @@ def a_shard_that_says_absurd_things_of_itself(place: Path, numbers: random.Rando
     text = numbers.choice([json.dumps(about), json.dumps(about), "[" * 10**5, "[]", "3"])
     table = pa.table({"image": pa.array([bytes(64)] * 2, pa.binary(64)), "label": pa.array([0, 1])})
     pq.write_table(table.replace_schema_metadata({"mixflow": text}), place / "train-00000.parquet")
-    return lambda: list(data.read_shards(place, "train"))
+    return lambda: list(shards.read_shards(place, "train"))
 
 
 # ------------------------------------------------------------------------------------------------------------ watching

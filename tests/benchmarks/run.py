@@ -24,7 +24,7 @@ from bench_models import models
 from bench_note import Outcome, host_kind, machine, note, now, record, table
 from bench_runs import mlflow, quickstart
 from bench_sample import sample
-from bench_sweep import search
+from bench_sweep import search, sweep
 
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
@@ -37,6 +37,7 @@ BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
     "sample": sample,
     "models": models,
     "search": search,
+    "sweep": sweep,
     "metrics": metrics,
     "gpu": gpu,
 }

@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from orchestration import cluster
 from orchestration.cli import main
 from orchestration.storage import open_storage
-from workers.data import ImageSet, write_shards
+from workers.data import ImageSet
 from workers.models.sit import SiT, SiTConfig
+from workers.shards import write_shards
 
 MODEL = {
     "input_size": 8,

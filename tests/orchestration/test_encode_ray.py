@@ -23,9 +23,10 @@ from orchestration.encode import Task, Worker, _follow, _name, _piece, encode
 from orchestration.parts import Parts
 from orchestration.storage import Storage, open_storage
 from workers.codecs import CodecConfig, directory_hash
-from workers.data import Split, Statistics, captions_path, read_captions, read_shards, shard_path, write_statistics
+from workers.data import Split
 from workers.encode import Encoder, Images, Plan, plan_encoding
 from workers.manifest import Manifest
+from workers.shards import Statistics, captions_path, read_captions, read_shards, shard_path, write_statistics
 
 CPU = torch.device("cpu")
 CPUS = 4
@@ -115,7 +116,7 @@ def wait_until_free() -> None:
 def test_any_number_of_workers_writes_the_same_bytes(
     cluster: str, tmp_path: Path, moto_s3: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("workers.data.CAPTIONS_A_FILE", 5)
+    monkeypatch.setattr("workers.shards.CAPTIONS_A_FILE", 5)
     texts = tmp_path / "texts"
     tiny_text_encoders(texts)
     digest = tiny_vae(tmp_path / "vae")

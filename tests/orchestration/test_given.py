@@ -165,7 +165,7 @@ def test_a_reference_that_does_not_fit(refused, files, tmp_path):
 
 
 def test_what_is_not_on_s3_is_missed_although_this_machine_has_it(refused, tmp_path, moto_s3, monkeypatch):
-    monkeypatch.setattr("orchestration.inputs.cache_directory", lambda: tmp_path / "cache")
+    monkeypatch.setattr("orchestration.given.cache_directory", lambda: tmp_path / "cache")
     digest, storage = tiny_dinov2(tmp_path / "dino"), open_storage(moto_s3)
     for file in sorted((tmp_path / "dino").iterdir()):
         storage.put_file(file, f"dino/{file.name}")

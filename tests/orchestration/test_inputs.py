@@ -17,17 +17,19 @@ from twins import HELD_OUT, IMAGES, one_by_one, twin
 
 from orchestration import cli, encode, inputs, run, workflow
 from orchestration.experiment import Experiment
-from orchestration.inputs import check_data, check_inputs, local_codec, local_copy, odd_scales, source_changes
+from orchestration.given import local_codec, local_copy
+from orchestration.inputs import check_data, check_inputs, odd_scales, source_changes
 from orchestration.plan import make_plan
 from orchestration.progress import Progress
 from orchestration.recipe import load, read, validated
 from orchestration.run import Place
 from orchestration.storage import Storage, open_storage
 from orchestration.workflow import Workspace
-from workers import data
+from workers import shards
 from workers.codecs import CodecConfig, open_codec
-from workers.data import digits, write_shards
+from workers.data import digits
 from workers.manifest import measure
+from workers.shards import write_shards
 
 CPU = torch.device("cpu")
 
@@ -95,7 +97,7 @@ def test_data_are_read_once_and_their_facts_kept(tmp_path, monkeypatch):
     experiment = load("quickstart", ["data={shards: " + f"{storage.uri}/v1" + "}"])
     workspace = Workspace(experiment, open_storage(str(tmp_path / "ws")))
     check_data(workspace)
-    facts = data.facts_of(tmp_path / "shards", "train")
+    facts = shards.facts_of(tmp_path / "shards", "train")
     assert facts == {
         "num_images": 1200,
         "shape": [1, 8, 8],
@@ -108,7 +110,7 @@ def test_data_are_read_once_and_their_facts_kept(tmp_path, monkeypatch):
         "has_captions": False,
         "rms": pytest.approx(np.sqrt(np.mean((images["train"].images / 127.5 - 1.0) ** 2)), rel=1e-6),
     }
-    monkeypatch.setattr(data, "facts_of", lambda *_: pytest.fail("read again"))
+    monkeypatch.setattr(shards, "facts_of", lambda *_: pytest.fail("read again"))
     check_data(workspace)
     other = Workspace(load("digits32", ["data={shards: " + f"{storage.uri}/v1" + "}"]), workspace.storage)
     with pytest.raises(ValueError, match=r"must fit the data's shape \(1, 8, 8\), got 32 and 1"):
@@ -120,8 +122,8 @@ def test_an_absent_class_is_a_fact(tmp_path):
     kept = images["train"].labels != 3
     images["train"] = images["train"]._replace(images=images["train"].images[kept], labels=images["train"].labels[kept])
     write_shards(images, tmp_path / "shards", num_classes=10, rows=200)
-    assert data.facts_of(tmp_path / "shards", "train")["absent_class"] == 3
-    assert data.facts_of(tmp_path / "shards", "train")["num_images"] == int(kept.sum())
+    assert shards.facts_of(tmp_path / "shards", "train")["absent_class"] == 3
+    assert shards.facts_of(tmp_path / "shards", "train")["num_images"] == int(kept.sum())
 
 
 # ------------------------------------------------------------------------------------------------------ evaluation

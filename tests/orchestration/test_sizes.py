@@ -18,8 +18,8 @@ from orchestration.recipe import filled, load, read, validated
 from orchestration.storage import open_storage
 from orchestration.workflow import Workspace
 from workers.cost import cost_of
-from workers.data import captions_path, read_captions, read_shards, shard_path
 from workers.encode import Encoder, plan_encoding
+from workers.shards import captions_path, read_captions, read_shards, shard_path
 
 CPU = torch.device("cpu")
 COUNTS = {"train": IMAGES - HELD_OUT, "held_out": HELD_OUT}

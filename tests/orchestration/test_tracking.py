@@ -531,6 +531,18 @@ def test_requests_that_arrive_late_store_nothing_twice(mlflow_server: MlflowServ
     assert read.history("a", "loss") == curve("loss", range(100))
 
 
+@pytest.mark.mlflow
+def test_the_campaign_in_small(tmp_path):
+    """The database is restarted, MLflow answers 500: see tests/benchmarks/mlflow_campaign.py."""
+    script = Path(__file__).parents[1] / "benchmarks" / "mlflow_campaign.py"
+    options = ["--rounds", "1", "--seconds", "5", "--only", "database restarted|500", "--results", tmp_path / "results"]
+    done = subprocess.run([sys.executable, script, *options], capture_output=True, text=True, timeout=500, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    cases = [json.loads(line) for line in (tmp_path / "results").read_text().splitlines()]
+    assert [(case["case"], case["problems"]) for case in cases] == [("database restarted", []), ("500", [])]
+    assert all(case["values"] > 100 for case in cases)
+
+
 @pytest.mark.parametrize("refusal", [401, 403])
 def test_refused_credentials_are_wrong_input(refusal, serve, monkeypatch):
     welcome = "Basic " + base64.b64encode(b"ada:right").decode()

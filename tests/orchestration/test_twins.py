@@ -23,11 +23,11 @@ from orchestration.site import Site
 from orchestration.stages import run_stages
 from orchestration.storage import open_storage
 from orchestration.workflow import Workspace
-from workers.data import open_shards
 from workers.models.checkpoints import infer_config, load_weights
 from workers.models.family import build
 from workers.models.sd3 import SD3Config, full_weights
 from workers.sample import read_part
+from workers.shards import open_shards
 
 
 class Finished:

@@ -11,9 +11,10 @@ import pytest
 
 from orchestration.inputs import odd_scales
 from orchestration.storage import open_storage
-from workers import data
-from workers.data import ImageSet, facts_of, open_shards, read_shards, write_shards
+from workers import shards
+from workers.data import ImageSet
 from workers.manifest import CorruptError, Manifest
+from workers.shards import facts_of, open_shards, read_shards, write_shards
 
 
 def written(directory: Path, seed: int = 0) -> Path:
@@ -57,7 +58,7 @@ def test_a_shard_replaced_while_it_is_unpacked_is_refused(tmp_path, monkeypatch)
         return read_shards(directory, split)
 
     with monkeypatch.context() as patch:
-        patch.setattr(data, "read_shards", replaced_first)
+        patch.setattr(shards, "read_shards", replaced_first)
         with pytest.raises(CorruptError, match=r"train-00001\.parquet has another SHA-256"):
             open_shards(mine, manifest, cache)
     assert not [path for path in cache.iterdir() if path.is_dir()], "what was unpacked is not used"

@@ -28,18 +28,10 @@ from tiny_sd3 import tiny_text_encoders
 import workers.encode
 from mixflow_core.rng import generator
 from workers.codecs import CodecConfig, directory_hash, open_dinov2
-from workers.data import (
-    CaptionTable,
-    ImageSet,
-    Split,
-    Statistics,
-    captions_path,
-    read_captions,
-    read_shards,
-    shard_path,
-)
+from workers.data import CaptionTable, ImageSet, Split
 from workers.encode import Encoder, Images, Plan, Unreadable, plan_encoding
 from workers.pretrained import TextEncoders
+from workers.shards import Statistics, captions_path, read_captions, read_shards, shard_path
 from workers.sources import list_source
 
 CPU = torch.device("cpu")
@@ -393,7 +385,7 @@ def test_captions_become_labels_the_held_out_ones_first(tmp_path, text_encoders,
 
 
 def test_embeddings_are_those_of_their_captions(tmp_path, text_encoders, monkeypatch):
-    monkeypatch.setattr("workers.data.CAPTIONS_A_FILE", 8)
+    monkeypatch.setattr("workers.shards.CAPTIONS_A_FILE", 8)
     plan = plan_of(Path(captioned_folder(tmp_path / "source", pictures(30))), **text_encoders)
     for number, part in enumerate(plan.caption_parts):
         Encoder(plan.recipe, CPU).encode_captions(part, captions_path(tmp_path, number))

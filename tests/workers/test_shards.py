@@ -14,23 +14,9 @@ from worker_toys import latents, pixels, run_config
 
 from mixflow_core.rng import generator
 from workers.columns import as_column
-from workers.data import (
-    CaptionTable,
-    ImageSet,
-    batch_rows,
-    captions_path,
-    digits,
-    facts_of,
-    join,
-    open_shards,
-    read_shards,
-    realised_times,
-    shard_batch,
-    to_pixels,
-    write_captions,
-    write_shards,
-)
+from workers.data import CaptionTable, ImageSet, batch_rows, digits, join, realised_times, shard_batch, to_pixels
 from workers.manifest import Manifest
+from workers.shards import captions_path, facts_of, open_shards, read_shards, write_captions, write_shards
 
 IMAGE = {"shape": [1, 8, 8], "dtype": "float32"}
 ABOUT = {"schema_version": 3, "num_classes": 10, "codec": None, "columns": {"image": IMAGE}}
