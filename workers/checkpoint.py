@@ -13,18 +13,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from workers.disk import NoRoomError, room_for
-from workers.manifest import CorruptError, Manifest, canonical_hash
+from workers.manifest import CorruptError, FileEntry, Manifest, canonical_hash
 
 log = logging.getLogger(__name__)
+
+FILE_BYTES = 2**32  # at most, of one file of tensors: the most that a rank holds in memory more than its share
+PARTS = ("model", "ema", "optimizer")
 
 
 @dataclass
 class TrainState:
     """All that a run needs to go on exactly: no generator state, since randomness is a function of position.
+
+    Of a state that several ranks write together, each holds the tensors of its own files; the others are on the meta
+    device.
 
     Attributes:
         step: optimiser steps done.
@@ -42,11 +49,36 @@ class TrainState:
     history: list[dict[str, float]]
     loss_sum: float = 0.0
 
-    def write(self, directory: Path, about: Mapping[str, Any]) -> None:
-        """Writes the files of a checkpoint (no manifest); `about` (plain JSON) makes it self-describing."""
-        directory.mkdir(parents=True, exist_ok=True)
-        for name in ("model", "ema", "optimizer"):
-            save_file(getattr(self, name), directory / f"{name}.safetensors")
+    def files(self) -> dict[str, tuple[str, list[str]]]:
+        """The files of tensors: by name the part that each is of and the tensors in it, at most FILE_BYTES if several.
+
+        That depends on the tensors' names and shapes alone, not on who holds them.
+        """
+        found = {}
+        for part in PARTS:
+            groups: list[list[str]] = [[]]
+            size = 0
+            for name, value in getattr(self, part).items():
+                num_bytes = value.numel() * value.element_size()
+                if groups[-1] and size + num_bytes > FILE_BYTES:
+                    groups.append([])
+                    size = 0
+                groups[-1].append(name)
+                size += num_bytes
+            for number, names in enumerate(groups, 1):
+                of = f"-{number:05d}-of-{len(groups):05d}" * (len(groups) > 1)
+                found[f"{part}{of}.safetensors"] = part, names
+        return found
+
+    def write_tensors(self, directory: Path) -> None:
+        """Writes the files of tensors that are this rank's."""
+        for file, (part, names) in self.files().items():
+            tensors = {name: getattr(self, part)[name] for name in names}
+            if not any(tensor.is_meta for tensor in tensors.values()):
+                save_file(tensors, directory / file)
+
+    def write_rest(self, directory: Path, about: Mapping[str, Any]) -> None:
+        """Writes all else but the manifest; `about` (plain JSON) makes a checkpoint self-describing."""
         rows = "".join(json.dumps(row) + "\n" for row in self.history)
         (directory / "history.jsonl").write_text(rows)
         (directory / "run.json").write_text(
@@ -55,22 +87,28 @@ class TrainState:
 
     @classmethod
     def read(cls, directory: Path) -> TrainState:
-        """Reads what `write` wrote; the caller has verified the manifest."""
+        """Reads what was written; the caller has verified the manifest."""
         history = [json.loads(line) for line in (directory / "history.jsonl").read_text().splitlines()]
-        model, ema, optimizer = (load_file(directory / f"{name}.safetensors") for name in ("model", "ema", "optimizer"))
+        model, ema, optimizer = (
+            {k: v for file in sorted(directory.glob(f"{part}*.safetensors")) for k, v in load_file(file).items()}
+            for part in PARTS
+        )
         about = json.loads((directory / "run.json").read_text())
         return cls(about["step"], model, ema, optimizer, history, about.get("loss_sum", 0.0))
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all tensors, which is what a checkpoint takes but for its history."""
-        return sum(value.nbytes for part in (self.model, self.ema, self.optimizer) for value in part.values())
+        """Bytes of this rank's tensors, which is what its files take."""
+        return sum(value.nbytes for part in PARTS for value in getattr(self, part).values() if not value.is_meta)
 
     def snapshot(self) -> TrainState:
         """A copy in CPU memory that later updates do not touch."""
 
         def copy(part: Mapping[str, Tensor]) -> dict[str, Tensor]:
-            return {name: value.detach().to("cpu", copy=True).contiguous() for name, value in part.items()}
+            return {
+                name: value if value.is_meta else value.detach().to("cpu", copy=True).contiguous()
+                for name, value in part.items()
+            }
 
         return TrainState(
             self.step, copy(self.model), copy(self.ema), copy(self.optimizer), list(self.history), self.loss_sum
@@ -88,8 +126,11 @@ class Files(Protocol):
     def manifest(self, path: str) -> Manifest | None:
         """The manifest of a complete directory that is not set aside, else None."""
 
-    def publish(self, directory: Path, path: str, meta: Mapping[str, Any]) -> Manifest:
-        """Copies a local directory to `path`, its manifest last."""
+    def put_file(self, source: Path, path: str) -> FileEntry:
+        """Copies a local file to an object."""
+
+    def commit(self, path: str, manifest: Manifest) -> Manifest:
+        """Makes a directory complete, whose files lie there already: puts its manifest."""
 
     def fetch(self, path: str, into: Path) -> Path:
         """A verified local copy of a published directory; raises where a file differs from the manifest."""
@@ -104,8 +145,27 @@ class Files(Protocol):
         """Removes what a writer that died left of unfinished objects below a directory."""
 
 
+class Writers:
+    """The ranks that write a checkpoint together, by a process group that only their writing threads use.
+
+    Args:
+        group: of the ranks; None for this process alone.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None = None) -> None:
+        self.rank, self._group = dist.get_rank(group) if group else 0, group
+
+    def exchange(self, value: Any) -> list[Any]:
+        """Every rank's value, on every rank, in their order; RuntimeError where a rank is gone."""
+        if self._group is None:
+            return [value]
+        found = [value] * dist.get_world_size(self._group)
+        dist.all_gather_object(found, value, self._group)
+        return found
+
+
 class CheckpointStore:
-    """The checkpoints of one run, in `<path>/step-<step>-<attempt>/`: one writer, the newest valid one is restored.
+    """The checkpoints of one run, in `<path>/step-<step>-<attempt>/`: one run writes, the newest valid one is restored.
 
     Args:
         files: where they are kept.
@@ -152,16 +212,17 @@ class CheckpointStore:
                     self._set_aside(path, str(error))
         return None
 
-    def save(self, state: TrainState, score: float | None) -> None:
+    def save(self, state: TrainState, score: float | None, writers: Writers | None = None) -> None:
         """Writes a snapshot in the background; blocks only while an earlier one is still being written.
 
         Args:
             state: copied before this returns.
             score: held-out loss; the checkpoint with the lowest is kept. None where it was not measured.
+            writers: all of whose ranks save their part of the state, by as many calls; None for this process alone.
         """
         self.wait()
-        copy = state.snapshot()
-        self._writer = threading.Thread(target=self._write, args=(copy, score), name="checkpoint")
+        arguments = state.snapshot(), score, writers or Writers()
+        self._writer = threading.Thread(target=self._write, args=arguments, name="checkpoint")
         self._writer.start()
 
     def wait(self) -> None:
@@ -173,26 +234,44 @@ class CheckpointStore:
             error, self._error = self._error, None
             raise error
 
-    def _write(self, state: TrainState, score: float | None) -> None:
+    def _write(self, state: TrainState, score: float | None, writers: Writers) -> None:
         scratch = Path(tempfile.mkdtemp(prefix=self._scratch))
-        # A directory of its own for each attempt: a torn one is never completed by another's files.
-        path = f"{self.path}/step-{state.step:09d}-{uuid.uuid4().hex[:8]}"
         try:
-            with room_for(scratch, state.num_bytes):
-                state.write(scratch, self.about)
-            self._publish(scratch, path, {"step": state.step, "score": score})
-            self._retain()
+            # A directory of its own for each attempt: a torn one is never completed by another's files.
+            path = writers.exchange(f"{self.path}/step-{state.step:09d}-{uuid.uuid4().hex[:8]}")[0]
+            entries, problem = self._keep(state, scratch, path, writers.rank)
+            answers = writers.exchange((entries, str(problem or "")))
+            lacking = [f"worker {rank}: {why}" for rank, (_, why) in enumerate(answers) if why]
+            if isinstance(problem, NoRoomError):
+                self.files.delete(path)  # or what there is of it would fill the room that the next attempt needs
+            if problem:
+                raise problem
+            if lacking:
+                raise OSError(f"checkpoint {path} is not complete, {lacking[0]}")
+            if writers.rank == 0:
+                files = {name: entry for entries, _ in answers for name, entry in entries.items()}
+                self.files.commit(path, Manifest(files, {"step": state.step, "score": score}))
+                self._retain()
         except BaseException as error:
             self._error = error  # raised in the training thread by the next wait()
         finally:
             shutil.rmtree(scratch, ignore_errors=True)
 
-    def _publish(self, scratch: Path, path: str, meta: Mapping[str, Any]) -> None:
+    def _keep(
+        self, state: TrainState, scratch: Path, path: str, rank: int
+    ) -> tuple[dict[str, FileEntry], BaseException | None]:
+        """Puts this rank's files where they belong; what went wrong with it, which the others are to hear."""
+        entries: dict[str, FileEntry] = {}
         try:
-            self.files.publish(scratch, path, meta)
-        except NoRoomError:
-            self.files.delete(path)  # or what there is of it would fill the room that the next attempt needs
-            raise
+            with room_for(scratch, state.num_bytes):
+                state.write_tensors(scratch)
+                if rank == 0:
+                    state.write_rest(scratch, self.about)
+            for file in sorted(scratch.iterdir()):
+                entries[file.name] = self.files.put_file(file, f"{path}/{file.name}")
+        except BaseException as error:
+            return {}, error
+        return entries, None
 
     def _retain(self) -> None:
         found = [(name, self.files.manifest(f"{self.path}/{name}")) for name in self.names()]

@@ -7,7 +7,7 @@ from typing import Protocol
 
 from torch import nn
 
-from workers.checkpoint import CheckpointStore, TrainState
+from workers.checkpoint import CheckpointStore, TrainState, Writers
 
 Report = Callable[[int, Mapping[str, float]], None]
 
@@ -17,7 +17,7 @@ class StoppedError(Exception):
 
 
 class RunIO(Protocol):
-    """Where a run comes from and goes to. Only rank 0's restore, save and report are called."""
+    """Where a run comes from and goes to. Only rank 0's restore and report are called."""
 
     rank: int
     world_size: int
@@ -25,8 +25,11 @@ class RunIO(Protocol):
     def restore(self) -> TrainState | None:
         """The newest valid checkpoint, None to start."""
 
-    def save(self, state: TrainState, score: float | None) -> None:
-        """Keeps a copy of the state; returns before it is written. The score is None where nothing was measured."""
+    def save(self, state: TrainState, score: float | None, writers: Writers | None) -> None:
+        """Keeps a copy of the state; returns before it is written. The score is None where nothing was measured.
+
+        Called on rank 0, or on all `writers`, each with its part of the state.
+        """
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:
         """Hands metrics over without waiting."""
@@ -71,9 +74,9 @@ class LocalIO:
         """See RunIO."""
         return self.store.restore()
 
-    def save(self, state: TrainState, score: float | None) -> None:
+    def save(self, state: TrainState, score: float | None, writers: Writers | None) -> None:
         """See RunIO."""
-        self.store.save(state, score)
+        self.store.save(state, score, writers)
 
     def wait(self) -> None:
         """See RunIO."""

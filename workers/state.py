@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 from mixflow_core.ema import EMA
-from workers.checkpoint import TrainState
+from workers.checkpoint import TrainState, Writers
 from workers.config import RunConfig
 from workers.io import RunIO
 from workers.models.family import Network, blocks_of, build
@@ -31,8 +31,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 class Trained:
     """The network of a run with all that its training changes.
 
-    With `training.sharded` (FSDP2) parameters, gradients, averages and moments lie in shards over the ranks. They are
-    put together, on rank 0, only to be saved: a checkpoint is the same file whatever the number of workers.
+    With `training.sharded` (FSDP2) parameters, gradients, averages and moments lie in shards over the ranks. To be kept
+    they are put together a tensor at a time, each on the rank that writes its file: a checkpoint has the same files
+    whatever the number of workers.
 
     Args:
         run: what is trained.
@@ -72,6 +73,7 @@ class Trained:
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = _optimizer(run, self.parameters)
         self.ema = EMA(self.parameters, run.training.ema_decay)
+        self.writers = Writers(dist.new_group(backend="gloo")) if run.training.sharded and io.world_size > 1 else None
 
     def restore(self) -> tuple[int, list[dict[str, float]], float]:
         """Takes up the newest checkpoint; returns its step, history and sum of losses, (0, [], 0) if there is none."""
@@ -88,13 +90,26 @@ class Trained:
                 self.optimizer.state[parameter]["step"].fill_(step)
         return step, history, loss_sum
 
-    def state(self, step: int, history: list[dict[str, float]], loss_sum: float = 0.0) -> TrainState:
+    def state(self, step: int, history: list[dict[str, float]]) -> TrainState:
         """The whole state; of shards, which all ranks must ask for together, the tensors are rank 0's alone."""
-        weights = self._whole(self._saved())
+        state = self._state(step, history, 0.0)
+        if self.run.training.sharded:
+            _put_together(state, lambda file: 0, self.io.rank)
+        return state
+
+    def save(self, step: int, history: list[dict[str, float]], score: float | None, loss_sum: float = 0.0) -> None:
+        """Hands the state over to be kept, on all ranks together; see RunIO.save."""
+        if self.io.rank and not self.writers:
+            return
+        state = self._state(step, history, loss_sum)
+        if self.run.training.sharded:
+            _put_together(state, lambda file: file % self.io.world_size, self.io.rank)
+        self.io.save(state, score, self.writers)
+
+    def _state(self, step: int, history: list[dict[str, float]], loss_sum: float) -> TrainState:
+        weights = self._saved()
         moments = {f"{key}/{name}": self._moment(name, key) for name in self.parameters for key in MOMENTS}
-        return TrainState(
-            step, weights, {**weights, **self._whole(self.ema.shadow)}, self._whole(moments), history, loss_sum
-        )
+        return TrainState(step, weights, {**weights, **self.ema.shadow}, moments, history, loss_sum)
 
     @contextmanager
     def averaged(self) -> Iterator[nn.Module]:
@@ -138,15 +153,17 @@ class Trained:
             if self.io.world_size > 1:
                 dist.broadcast(target, 0)
 
-    def _whole(self, tensors: Weights) -> dict[str, Tensor]:
-        if not self.run.training.sharded:
-            return dict(tensors)
-        found = {}
-        for name, tensor in tensors.items():
-            full = whole(tensor)
-            if self.io.rank == 0:
-                found[name] = full.cpu()  # one tensor at a time fits on a device that the model does not
-        return found
+
+def _put_together(state: TrainState, owner: Callable[[int], int], rank: int) -> None:
+    """Replaces shards by whole tensors in CPU memory, on the rank that owns the file of that number.
+
+    One tensor at a time fits on a device that the model does not. Of the others' files the tensors' shapes are left.
+    """
+    for number, (part, names) in enumerate(state.files().values()):
+        tensors = getattr(state, part)
+        for name in names:
+            full = whole(tensors[name])
+            tensors[name] = full.cpu() if owner(number) == rank else full.to("meta")
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -106,8 +106,7 @@ def post_train(
         norm = whole(norm)
         finite, stop = torch.stack([torch.isfinite(loss + norm), stopping > 0]).tolist()
         if not finite:
-            if io.rank == 0:
-                io.wait()  # the error names the checkpoint that is still being written
+            io.wait()  # the error names the checkpoint that is still being written
             raise NonFiniteLossError(step, _ranks_not_finite(io, gradients.local_loss), io.last_checkpoint)
         optimizer.step()
         optimizer.zero_grad()
@@ -135,25 +134,19 @@ def post_train(
                     _set_precision(training.precision)
             broken = next((key for key, value in found.items() if not math.isfinite(value)), None)
             if broken:  # the same on all ranks
-                if io.rank == 0:
-                    io.wait()
+                io.wait()
                 raise NonFiniteLossError(step, [], io.last_checkpoint, broken)
             history.append({"step": step, **found})
-            state = trained.state(step, history) if io.rank == 0 or training.sharded else None
-            if io.rank == 0 and state:
+            if io.rank == 0:
                 io.report(step, found)
-                io.save(state, score)
+            trained.save(step, history, score)
             window_start = time.perf_counter()
         elif stop:
-            state = trained.state(step, history, window_loss.item()) if io.rank == 0 or training.sharded else None
-            if io.rank == 0 and state:
-                io.save(state, None)
+            trained.save(step, history, None, window_loss.item())
         if stop and step < training.steps:
-            if io.rank == 0:
-                io.wait()
+            io.wait()
             raise StoppedError(f"stopped after step {step}, whose state is kept")
-    if io.rank == 0:
-        io.wait()
+    io.wait()
     return trained.state(step, history)
 
 

@@ -20,7 +20,7 @@ from bench_side_by_side import BareLoop, Beside
 
 from mixflow_core.samplers import Sampler
 from orchestration.recipe import load
-from workers.checkpoint import TrainState
+from workers.checkpoint import TrainState, Writers
 from workers.config import RunConfig, Training
 from workers.cost import cost_of
 from workers.data import ImageSet
@@ -89,7 +89,7 @@ class Unsaved(LocalIO):
         """Nobody asks."""
         return False
 
-    def save(self, state: TrainState, score: float | None) -> None:
+    def save(self, state: TrainState, score: float | None, writers: Writers | None = None) -> None:
         """Keeps nothing."""
 
     def wait(self) -> None:

@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,25 +113,28 @@ def _workers() -> list[str]:
     return [] if len(os.sched_getaffinity(0)) > 1 else ["cluster.num_workers=1"]
 
 
+def run_command(
+    arguments: Sequence[str], workspace: Path, overrides: Sequence[str], tracking_uri: str = ""
+) -> tuple[dict[str, Any], float]:
+    """The JSON document of a `mixflow` command in a workspace, and its seconds.
+
+    Raises:
+        RuntimeError: it failed; with the end of what it said.
+    """
+    env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
+    env |= {"MIXFLOW_WORKSPACE": str(workspace), **({"MLFLOW_TRACKING_URI": tracking_uri} if tracking_uri else {})}
+    command = [sys.executable, "-m", "orchestration", *arguments, "--json", *(f"--set={one}" for one in overrides)]
+    start = time.monotonic()
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
+    if done.returncode:
+        raise RuntimeError(f"`{' '.join(command)}` ended with {done.returncode}: {done.stderr[-2000:]}")
+    return json.loads(done.stdout), time.monotonic() - start
+
+
 def _run(verb: str, overrides: list[str], tracking_uri: str) -> Run:
     with tempfile.TemporaryDirectory(prefix="mixflow-benchmark-") as scratch:
-        env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
-        env["MIXFLOW_WORKSPACE"] = f"{scratch}/workspace"
-        if tracking_uri:
-            env["MLFLOW_TRACKING_URI"] = tracking_uri
-        command = [sys.executable, "-m", "orchestration", verb, "quickstart", "--json"]
-        for override in overrides:
-            command += ["--set", override]
-        log = Path(scratch, "stderr.txt")
-        began, start = time.time(), time.monotonic()
-        with log.open("w") as stderr:
-            done = subprocess.run(
-                command, env=env, cwd=ROOT, stdout=subprocess.PIPE, stderr=stderr, timeout=LIMIT_S, check=False
-            )
-        wall_s = time.monotonic() - start
-        if done.returncode:
-            raise RuntimeError(f"`{' '.join(command)}` ended with {done.returncode}: {log.read_text()[-2000:]}")
-        outcome = json.loads(done.stdout)
+        began = time.time()
+        outcome, wall_s = run_command([verb, "quickstart"], Path(scratch, "workspace"), overrides, tracking_uri)
         stage_s: dict[str, float] = defaultdict(float)
         for stage in outcome["stages"]:
             stage_s[stage["name"].split("/")[0]] += stage["seconds"]

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 import tempfile
-import time
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from bench_note import ROOT, Outcome, figure
+from bench_note import Outcome, figure
+from bench_runs import run_command
 
 from orchestration.recipe import load
 from orchestration.space import Search, Tried, parse_space, suggest
 from orchestration.sweep import scheduler_of
 
 OVERHEAD_AIM_S = 5.0
-LIMIT_S = 1800.0
 STANDARD = "standard: {mixture: {time_law: uniform, gamma: 0}}"
 RUNS = (
     "cluster.num_workers=1",
@@ -99,12 +95,13 @@ def sweep(quick: bool) -> Outcome:
     gammas = GAMMAS[:2] if quick else GAMMAS
     with tempfile.TemporaryDirectory(prefix="mixflow-benchmark-") as scratch:
         swept, arms, each = (Path(scratch, name) for name in ("sweep", "arms", "each"))
-        _run(["sweep", "quickstart", f"--space=mixture.gamma=grid({','.join(map(str, gammas))})"], swept)
-        _run(["train", "quickstart", _arms(*gammas)], arms)
+        space = f"--space=mixture.gamma=grid({','.join(map(str, gammas))})"
+        run_command(["sweep", "quickstart", space], swept, RUNS)
+        run_command(["train", "quickstart", _arms(*gammas)], arms, RUNS)
         beyond = []
         for gamma in gammas:  # all of them in one workspace, so that the base is made by the first alone
             before = set(each.glob("arms/*"))
-            whole = _run(["train", "quickstart", _arms(gamma)], each)
+            _, whole = run_command(["train", "quickstart", _arms(gamma)], each, RUNS)
             made = [path for path in each.glob("arms/*/manifest.json") if path.parent not in before]
             beyond.append((whole - sum(map(_own_s, made))) / len(made))
         figures = [
@@ -134,22 +131,3 @@ def _between(workspace: Path, kind: str) -> list[float]:
     """Seconds between one result of a kind and the next, less the later one's own."""
     made = sorted(workspace.glob(f"{kind}/*/manifest.json"), key=lambda path: path.stat().st_mtime)
     return [b.stat().st_mtime - a.stat().st_mtime - _own_s(b) for a, b in pairwise(made)]
-
-
-def _run(arguments: list[str], workspace: Path) -> float:
-    """Seconds of a command in a workspace."""
-    env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
-    command = [sys.executable, "-m", "orchestration", *arguments, "--json", *(f"--set={one}" for one in RUNS)]
-    start = time.monotonic()
-    done = subprocess.run(
-        command,
-        env={**env, "MIXFLOW_WORKSPACE": str(workspace)},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=LIMIT_S,
-        check=False,
-    )
-    if done.returncode:
-        raise RuntimeError(f"`{' '.join(command)}` ended with {done.returncode}: {done.stderr[-2000:]}")
-    return time.monotonic() - start

@@ -22,6 +22,7 @@ from bench_loop import loop, mixture
 from bench_metrics import available, metrics
 from bench_models import models
 from bench_note import Outcome, host_kind, machine, note, now, record, table
+from bench_paired import paired
 from bench_runs import mlflow, quickstart
 from bench_sample import sample
 from bench_sweep import search, sweep
@@ -38,6 +39,7 @@ BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
     "models": models,
     "search": search,
     "sweep": sweep,
+    "paired": paired,
     "metrics": metrics,
     "gpu": gpu,
 }

@@ -540,7 +540,7 @@ def test_the_campaign_in_small(tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     cases = [json.loads(line) for line in (tmp_path / "results").read_text().splitlines()]
     assert [(case["case"], case["problems"]) for case in cases] == [("database restarted", []), ("500", [])]
-    assert all(case["values"] > 100 for case in cases)
+    assert all(case["values"] for case in cases)
 
 
 @pytest.mark.parametrize("refusal", [401, 403])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import pickle
 import shutil
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -13,13 +16,16 @@ import torch.multiprocessing as mp
 from worker_toys import Draws, latents, local_io, pixels, run_config
 
 from mixflow_core.correctives import TrainingCorrective
+from orchestration.storage import Storage
+from workers import checkpoint
 from workers.checkpoint import TrainState
 from workers.data import ImageSet, batch_rows
 from workers.io import StoppedError
+from workers.manifest import FileEntry
 from workers.models.sit import SiT
 from workers.train import NonFiniteLossError, post_train
 
-RESUME_STEP = 20
+RESUME_STEP, SMALL_FILE = 20, 20_000
 CORRECTIVE = TrainingCorrective(input_perturbation=0.1, rollout_share=0.5, rollout_step=0.1, rollout_ramp=0.5)
 BAD_STEP, BAD_SHARD, STOP_STEP = 13, 4, 17
 
@@ -61,6 +67,8 @@ def run_rank(rank: int, world_size: int, directory: Path) -> None:
         resume("sharded", rank, world_size, directory, sharded=True, grad_clip=0.5)
         both = {"sharded": True, "activation_checkpointing": True, "shards_per_pass": 2}
         train("sharded-passes", rank, world_size, directory, steps=10, grad_clip=0.5, initial=rank == 0, **both)
+        for name in ("split", "unkept"):
+            split_checkpoint(name, rank, world_size, directory, broken=name == "unkept" and rank == 1)
     if world_size > 1:
         dist.destroy_process_group()
 
@@ -116,6 +124,34 @@ def stop_on_bad_image(rank: int, world_size: int, directory: Path) -> None:
         post_train(run_config(), image_gone_bad(), latents(24, seed=1), io)
     except NonFiniteLossError as error:
         (directory / f"error-{rank}.pickle").write_bytes(pickle.dumps(error))
+
+
+class Recording:
+    """Storage that knows which files were put into it; or that is full."""
+
+    def __init__(self, inner: Storage, broken: bool) -> None:
+        self.inner, self.broken, self.files = inner, broken, list[str]()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def put_file(self, source: Path, path: str) -> FileEntry:
+        if self.broken:
+            raise OSError("this rank's disk is full")
+        self.files.append(path.rpartition("/")[2])
+        return self.inner.put_file(source, path)
+
+
+def split_checkpoint(name: str, rank: int, world_size: int, directory: Path, *, broken: bool) -> None:
+    """A sharded run whose checkpoint is of many files: which each rank wrote, and what it said if it failed."""
+    io = local_io(directory / name, rank=rank, world_size=world_size)
+    io.store.files = storage = Recording(io.store.files, broken)
+    with mock.patch.object(checkpoint, "FILE_BYTES", SMALL_FILE):
+        try:
+            post_train(run_config(steps=10, sharded=True), pixels(), pixels(24, seed=1), io)
+        except OSError as error:
+            (directory / f"{name}-{rank}.txt").write_text(str(error))
+    (directory / f"{name}-{rank}.json").write_text(json.dumps(storage.files))
 
 
 def state(directory: Path, name: str, rank: int = 0) -> TrainState:

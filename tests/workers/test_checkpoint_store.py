@@ -129,7 +129,7 @@ def manifests(directory) -> list[Manifest]:
 
 
 class Gate:
-    """Storage that publishes only once it is let through."""
+    """Storage that writes only once it is let through."""
 
     def __init__(self, inner):
         self.inner, self.open = inner, threading.Event()
@@ -137,9 +137,9 @@ class Gate:
     def __getattr__(self, name):
         return getattr(self.inner, name)
 
-    def publish(self, *args):
+    def put_file(self, *args):
         assert self.open.wait(30)
-        return self.inner.publish(*args)
+        return self.inner.put_file(*args)
 
 
 class Broken:
@@ -151,13 +151,13 @@ class Broken:
     def __getattr__(self, name):
         return getattr(self.inner, name)
 
-    def publish(self, *args):
+    def put_file(self, *args):
         raise OSError("PUT s3://bucket/x: the disk is full")
 
 
 def test_later_updates_do_not_change_what_is_written(tmp_path, monkeypatch):
-    write, gate = TrainState.write, threading.Event()
-    monkeypatch.setattr(TrainState, "write", lambda *args: gate.wait(30) and write(*args))
+    write, gate = TrainState.write_tensors, threading.Event()
+    monkeypatch.setattr(TrainState, "write_tensors", lambda *args: gate.wait(30) and write(*args))
     store, state = store_in(tmp_path), state_at(10)
     store.save(state, 1.0)
     for part in (state.model, state.ema, state.optimizer):
@@ -172,7 +172,7 @@ def test_later_updates_do_not_change_what_is_written(tmp_path, monkeypatch):
 def test_save_does_not_wait_for_its_own_writing_but_for_the_one_before(tmp_path):
     gate = Gate(open_storage(str(tmp_path)))
     store = CheckpointStore(gate, "runs/r1", keep=9, about={})
-    store.save(state_at(10), 1.0)  # returns, although nothing can be published yet
+    store.save(state_at(10), 1.0)  # returns, although nothing can be written yet
     assert store.newest() is None
     second = threading.Thread(target=store.save, args=(state_at(20), 1.0), daemon=True)
     second.start()
@@ -225,6 +225,20 @@ def test_a_checkpoint_of_a_run_is_complete_self_describing_and_free_of_pickle(tm
             start, end = header[key]["data_offsets"]
             assert content[8 + size + start : 8 + size + end] == value.numpy().tobytes()
     assert differences(local_io(tmp_path).restore(), state) == []
+
+
+def test_tensors_are_cut_into_files_at_their_limit_and_come_back(tmp_path, monkeypatch):
+    monkeypatch.setattr("workers.checkpoint.FILE_BYTES", 48)
+    state = state_at(10)  # of 48 and 40 bytes, and of 48 twice
+    assert {file: names for file, (_, names) in state.files().items()} == {
+        "model-00001-of-00002.safetensors": ["a"],
+        "model-00002-of-00002.safetensors": ["b"],
+        "ema-00001-of-00002.safetensors": ["a"],
+        "ema-00002-of-00002.safetensors": ["b"],
+        "optimizer-00001-of-00002.safetensors": ["exp_avg/a"],
+        "optimizer-00002-of-00002.safetensors": ["exp_avg_sq/a"],
+    }
+    assert differences(saved(tmp_path, [10]).restore(), state) == []
 
 
 def test_no_scratch_directory_stays(tmp_path, monkeypatch):

@@ -25,7 +25,7 @@ from worker_toys import differences, local_io
 
 from mixflow_core.mixture import SlowedMixture
 from mixflow_core.samplers import Sampler
-from workers.checkpoint import TrainState
+from workers.checkpoint import TrainState, Writers
 from workers.config import RunConfig
 from workers.cost import cost_of
 from workers.data import ImageSet
@@ -101,7 +101,7 @@ class Unsaved(LocalIO):
     def stopping(self) -> bool:
         return False
 
-    def save(self, state: TrainState, score: float | None) -> None:
+    def save(self, state: TrainState, score: float | None, writers: Writers | None = None) -> None:
         pass
 
     def report(self, step: int, metrics: Mapping[str, float]) -> None:

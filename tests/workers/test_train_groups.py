@@ -10,6 +10,7 @@ import loop_group
 import pytest
 import torch
 from loop_group import BAD_SHARD, BAD_STEP, RESUME_STEP, state
+from safetensors.torch import load_file
 from worker_toys import differences, latents, local_io, parts, pixels, run_config
 
 from workers.models.sit import SiT
@@ -152,7 +153,8 @@ def test_a_sharded_run_is_the_whole_one_up_to_rounding(groups, more):
 
 def test_a_resumed_sharded_run_equals_the_uninterrupted_one_bit_for_bit(groups):
     assert differences(state(groups[2], "sharded"), state(groups[2], "sharded-resumed")) == []
-    assert parts(state(groups[2], "sharded", 1)) == {}, "only rank 0 puts the state together"
+    others = parts(state(groups[2], "sharded", 1))
+    assert all(value.is_meta for value in others.values()), "only rank 0 puts the state together"
 
 
 def test_sharded_passes_accumulate(groups):
@@ -169,6 +171,32 @@ def test_a_sharded_checkpoint_goes_on_on_one_worker(groups, tmp_path):
     alone = post_train(run_config(grad_clip=0.5), pixels(), pixels(24, seed=1), local_io(tmp_path / "run"))
     for row, other in zip(alone.history, state(groups[2], "sharded").history, strict=True):
         assert row == pytest.approx(other, rel=1e-4)
+
+
+def test_the_ranks_write_a_sharded_checkpoint_together_in_files_that_do_not_depend_on_them(
+    groups, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("workers.checkpoint.FILE_BYTES", loop_group.SMALL_FILE)
+    post_train(run_config(steps=10), pixels(), pixels(24, seed=1), local_io(tmp_path))
+    (alone,) = (tmp_path / "checkpoints").iterdir()
+    (split,) = (groups[2] / "split" / "checkpoints").iterdir()
+    written = [json.loads((groups[2] / f"split-{rank}.json").read_text()) for rank in range(2)]
+    tensors = [[name for name in files if name.endswith(".safetensors")] for files in written]
+    assert len(tensors[0]) - len(tensors[1]) in (0, 1)
+    assert set(written[0]) - set(tensors[0]) == {"history.jsonl", "run.json"}
+    assert sorted(tensors[0] + tensors[1]) == sorted(path.name for path in alone.glob("*.safetensors"))
+    assert len(tensors[0] + tensors[1]) > 6
+    for path in alone.glob("*.safetensors"):
+        assert load_file(path).keys() == load_file(split / path.name).keys()
+        assert path.stat().st_size == (split / path.name).stat().st_size
+    assert local_io(groups[2] / "split").restore().step == 10
+
+
+def test_where_one_rank_cannot_write_its_part_there_is_no_checkpoint_and_all_say_so(groups):
+    said = [(groups[2] / f"unkept-{rank}.txt").read_text() for rank in range(2)]
+    assert said[1] == "this rank's disk is full"
+    assert said[0].endswith("is not complete, worker 1: this rank's disk is full")
+    assert local_io(groups[2] / "unkept").store.newest() is None
 
 
 def test_shards_that_cannot_be_shared_evenly_are_refused(tmp_path):

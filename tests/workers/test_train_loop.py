@@ -277,13 +277,13 @@ def test_a_bad_image_stops_the_run_before_the_update_it_would_spoil(tmp_path, mo
 def test_the_error_names_the_checkpoint_that_is_still_being_written(tmp_path, monkeypatch):
     run, data = run_config(), latents(800)
     data.images[batch_rows(run.seed, 10 * 16, 1, 800)[0]] = float("inf")  # right after the checkpoint of step 10
-    write = TrainState.write
+    write = TrainState.write_tensors
 
     def slow(*args):
         time.sleep(0.5)
         write(*args)
 
-    monkeypatch.setattr(TrainState, "write", slow)
+    monkeypatch.setattr(TrainState, "write_tensors", slow)
     with pytest.raises(NonFiniteLossError, match=r"at step 10 \(last checkpoint: checkpoints/step-000000010-"):
         post_train(run, data, latents(24, seed=1), local_io(tmp_path))
 
