@@ -1,0 +1,147 @@
+"""Kills nodes of a Ray cluster, and cuts them off, while a run goes on; compares its result with that of a quiet run.
+
+    python tests/benchmarks/nodes_campaign.py --rounds 10      # as root, with iproute2
+
+Every node has a network namespace with an address of its own; artifacts lie on a Ceph RADOS Gateway. A round is one
+`mixflow train` of a small quickstart in reproducible mode with `num_workers: [1, 2]`, on a head without CPUs and two
+nodes of one CPU. Twice, at random moments, a random node that has a worker is lost: once all of its processes are
+killed (`killed`), once its cable is taken out for good (`cut`), in random order. The run has to go on with the one
+worker that is left; then another node is added, and the run has to take it in. A round is equal when the SHA-256 of all
+files that the run made are those of the quiet run, on two workers and a local disk, and MLflow has heard everything.
+`recovered_s` is the time from a loss to the next step in training. Each round is one JSON line in the result file, and
+a campaign that was stopped goes on after the rounds that are there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import re
+import sys
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).parents[1] / "servers"))
+sys.path.append(str(Path(__file__).parents[1] / "orchestration"))
+import s3_servers
+from campaigns import append_result, read_results
+from clusters import Run, small
+from netns_nodes import AUTHENTICATION, HOST, Nodes, network, nodes_of
+
+from orchestration.storage import open_storage
+
+RESULTS = Path(__file__).parent / "results" / "nodes_campaign.jsonl"
+KINDS = ("data", "base", "features", "arms", "samples", "metrics", "slow-flow")
+STEPS = 800  # of each of three arms
+COMMAND = [
+    *("train", "quickstart", "--json"),
+    *small(
+        replicates=1,
+        base__train__reproducible=True,
+        training__reproducible=True,
+        training__steps=STEPS,
+        training__checkpoint_every=100,
+        training__log_every=10,
+        cluster__hang_timeout_s=30,
+        cluster__max_failures=9,
+    ),
+]
+
+
+def files_of(workspace: str) -> dict[str, str]:
+    """SHA-256 of every file that the run made, by its path in the workspace."""
+    storage, found = open_storage(workspace), {}
+    for path in (path for kind in KINDS for path in storage.list(kind) if path.endswith("/manifest.json")):
+        manifest = storage.manifest(path.removesuffix("/manifest.json"))
+        assert manifest
+        found.update({f"{path}: {name}": entry.sha256 for name, entry in manifest.files.items()})
+    return found
+
+
+def place(run: Run) -> tuple[int, int]:
+    """How far the run is: the number of its stage and the step in it, as it tells."""
+    found = re.findall(r"stage (\d+)/\d+  arms/\S+ step (\d+)/", run.err.read_text())
+    return (int(found[-1][0]), int(found[-1][1])) if found else (0, 0)
+
+
+def lose(run: Run, nodes: Nodes, how: str, numbers: random.Random, another: int) -> dict[str, Any]:
+    """Loses a node that has a worker, waits until the run goes on without it, and adds another."""
+    run.until(lambda: len(nodes.with_workers()) == 2 and place(run)[0], "two workers are at work", 400)
+    begin = place(run)
+    aim = numbers.randrange(STEPS // 2)
+    run.until(lambda: place(run)[0] > begin[0] or place(run)[1] >= aim, "the step at which a node is lost", 400)
+    at, starts, start = place(run), starts_of(run), time.monotonic()
+    node = numbers.choice(nodes.with_workers())
+    nodes.kill(node) if how == "killed" else nodes.cut(node)
+    run.until(lambda: starts_of(run) > starts and place(run) != at, "it goes on without the node", 400)
+    recovered_s = time.monotonic() - start
+    nodes.add(another)
+    run.until(lambda: len(nodes.with_workers()) == 2, "it takes the new node in", 400)
+    return {"how": how, "stage": at[0], "step": at[1], "recovered_s": round(recovered_s, 1)}
+
+
+def starts_of(run: Run) -> int:
+    """How often the group of workers began."""
+    return max(map(int, re.findall(r"started again \((\d+)\)", run.err.read_text())), default=0)
+
+
+def play(number: int, bridge: str, wanted: dict[str, str], scratch: Path) -> dict[str, Any]:
+    """One round."""
+    numbers, directory = random.Random(number), scratch / f"round-{number}"
+    workspace = f"s3://{s3_servers.BUCKET}/round-{number}"
+    environment = {
+        **AUTHENTICATION,
+        "NO_PROXY": f"127.0.0.1,{HOST}",
+        "MIXFLOW_WORKSPACE": workspace,
+        "MLFLOW_TRACKING_URI": f"sqlite:///{directory}/mlflow.db",
+    }
+    with nodes_of(bridge, scratch / f"nodes-{number}.log", 2, 3) as nodes:
+        command = [*COMMAND, "--set", "cluster.num_workers=[1,2]"]
+        run = Run(command, directory, {**environment, "RAY_ADDRESS": nodes.address})
+        order = numbers.sample(["killed", "cut"], 2)
+        lost = [lose(run, nodes, how, numbers, another) for another, how in enumerate(order, 4)]
+        answer = run.answer()
+    found = files_of(workspace)
+    equal, pending = found == wanted, answer["tracking"]["pending"]
+    return {"seed": number, "lost": lost, "files": len(found), "equal": equal, "passed": equal and not pending}
+
+
+def campaign(results: Path, rounds: int, scratch: Path) -> list[dict[str, Any]]:
+    """Plays the rounds that are not in the result file."""
+    played = read_results(results)
+    workspace = str(scratch / "quiet/workspace")
+    Run(COMMAND, scratch / "quiet", {"MIXFLOW_WORKSPACE": workspace}).answer()
+    wanted = files_of(workspace)
+    print(f"the quiet run made {len(wanted)} files; {len(played)} rounds are there", flush=True)
+    with network() as bridge, s3_servers.ceph(scratch / "ceph", HOST) as ceph:
+        # Credentials are the nodes' own; this process reads the results.
+        os.environ.update(s3_servers.s3_variables(ceph.endpoint))
+        for number in range(len(played), rounds):
+            played.append(play(number, bridge, wanted, scratch))
+            append_result(results, played[-1])
+            print(json.dumps(played[-1]), flush=True)
+    return played
+
+
+def main() -> int:
+    """Command line; 1 if any round was not equal."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mixflow-nodes-")))
+        rounds = campaign(options.results, options.rounds, scratch)
+    passed = sum(entry["passed"] for entry in rounds)
+    slowest = max(lost["recovered_s"] for entry in rounds for lost in entry["lost"])
+    print(f"{passed} of {len(rounds)} rounds equal, {2 * len(rounds)} nodes lost; slowest recovery {slowest:g} s")
+    return 0 if passed == len(rounds) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
