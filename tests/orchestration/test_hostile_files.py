@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from orchestration import inputs
+from orchestration import given
 from orchestration.mlflow_server import without_password
 from orchestration.storage import open_storage
 
@@ -46,7 +46,7 @@ def test_objects_with_names_outside_are_not_brought(tmp_path: Path, moto_s3: str
         client.put_object(Bucket=bucket, Key=f"{prefix}/it/{name}", Body=b"x")
     assert open_storage(moto_s3).list("it")
     with pytest.raises(ValueError, match="must hold files with names that stay below it") as caught:
-        inputs._bring("weights", f"{moto_s3}/it", tmp_path / "into")
+        given._bring("weights", f"{moto_s3}/it", tmp_path / "into")
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.rglob("harm"))
 

@@ -15,7 +15,7 @@ import torch
 from tiny_models import tiny_clip, tiny_dinov2, tiny_rae_decoder, tiny_rae_statistics, tiny_vae
 from twins import HELD_OUT, IMAGES, one_by_one, twin
 
-from orchestration import cli, encode, inputs, run, workflow
+from orchestration import cli, encode, given, inputs, run, workflow
 from orchestration.experiment import Experiment
 from orchestration.given import local_codec, local_copy
 from orchestration.inputs import check_data, check_inputs, odd_scales, source_changes
@@ -37,7 +37,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of its own."""
-    monkeypatch.setattr(inputs, "cache_directory", lambda: tmp_path / "cache")
+    monkeypatch.setattr(given, "cache_directory", lambda: tmp_path / "cache")
     return tmp_path / "cache"
 
 
@@ -69,7 +69,7 @@ def test_codecs_come_from_s3(tmp_path, moto_s3, monkeypatch):
         assert torch.equal(open_codec(here, CPU).encode(images), open_codec(codec, CPU).encode(images))
         # Once a machine: the second time nothing is asked of the server.
         with monkeypatch.context() as patch:
-            patch.setattr(inputs, "open_storage", lambda uri: pytest.fail(f"{uri} was asked for again"))
+            patch.setattr(given, "open_storage", lambda uri: pytest.fail(f"{uri} was asked for again"))
             assert local_codec(there) == here
 
 
