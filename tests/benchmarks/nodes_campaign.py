@@ -22,7 +22,6 @@ import re
 import sys
 import tempfile
 import time
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,13 +29,12 @@ sys.path.append(str(Path(__file__).parents[1] / "servers"))
 sys.path.append(str(Path(__file__).parents[1] / "orchestration"))
 import s3_servers
 from campaigns import append_result, read_results
-from clusters import Run, small
+from clusters import RESULT_KINDS, Run, small
 from netns_nodes import AUTHENTICATION, HOST, Nodes, network, nodes_of
 
 from orchestration.storage import open_storage
 
 RESULTS = Path(__file__).parent / "results" / "nodes_campaign.jsonl"
-KINDS = ("data", "base", "features", "arms", "samples", "metrics", "slow-flow")
 STEPS = 800  # of each of three arms
 COMMAND = [
     *("train", "quickstart", "--json"),
@@ -56,7 +54,7 @@ COMMAND = [
 def files_of(workspace: str) -> dict[str, str]:
     """SHA-256 of every file that the run made, by its path in the workspace."""
     storage, found = open_storage(workspace), {}
-    for path in (path for kind in KINDS for path in storage.list(kind) if path.endswith("/manifest.json")):
+    for path in (path for kind in RESULT_KINDS for path in storage.list(kind) if path.endswith("/manifest.json")):
         manifest = storage.manifest(path.removesuffix("/manifest.json"))
         assert manifest
         found.update({f"{path}: {name}": entry.sha256 for name, entry in manifest.files.items()})
@@ -134,9 +132,8 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
-    with ExitStack() as stack:
-        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mixflow-nodes-")))
-        rounds = campaign(options.results, options.rounds, scratch)
+    with tempfile.TemporaryDirectory(prefix="mixflow-nodes-") as name:
+        rounds = campaign(options.results, options.rounds, Path(name))
     passed = sum(entry["passed"] for entry in rounds)
     slowest = max(lost["recovered_s"] for entry in rounds for lost in entry["lost"])
     print(f"{passed} of {len(rounds)} rounds equal, {2 * len(rounds)} nodes lost; slowest recovery {slowest:g} s")

@@ -33,6 +33,9 @@ SMALL = {
 }
 
 
+RESULT_KINDS = ("data", "base", "features", "arms", "samples", "metrics", "slow-flow")  # directories of a workspace
+
+
 def small(**more: object) -> list[str]:
     """--set arguments of the small quickstart; keywords write dots as double underscores."""
     settings = SMALL | {key.replace("__", "."): value for key, value in more.items()}
@@ -98,15 +101,20 @@ class Run:
 
     def kill_all(self) -> None:
         """Ends what is left of it, by pid."""
+        kill_family(self.process)
+
+
+def kill_family(process: psutil.Process) -> None:
+    """kill -9 of a process and of all below it, as far as they are there."""
+    try:
+        family = [*process.children(recursive=True), process]
+    except psutil.NoSuchProcess:
+        return
+    for each in family:
         try:
-            family = [*self.process.children(recursive=True), self.process]
+            each.kill()
         except psutil.NoSuchProcess:
-            return
-        for process in family:
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
+            continue
 
 
 @contextmanager
@@ -138,8 +146,7 @@ def ray_head(name: str, log: Path, *, cpus: int = 2, **variables: str) -> Iterat
         wait_until(lambda: answers(f"http://127.0.0.1:{agent}/api/local_raylet_healthz"), "Ray's agent starts")
         yield {**env, "RAY_API_SERVER_ADDRESS": address, "SESSION": directory, "GCS": f"127.0.0.1:{gcs}"}
     finally:
-        for each in [*process.children(recursive=True), process]:
-            each.kill()
+        kill_family(process)
         process.wait()
         shutil.rmtree(directory, ignore_errors=True)
 
@@ -157,9 +164,7 @@ def ray_node(head: Mapping[str, str], log: Path) -> Iterator[psutil.Popen]:
         wait_until(lambda: answers(f"http://127.0.0.1:{agent}/api/local_raylet_healthz"), "the node joins")
         yield process
     finally:
-        if process.is_running():
-            for each in [*process.children(recursive=True), process]:
-                each.kill()
+        kill_family(process)
         process.wait()
 
 
@@ -175,7 +180,7 @@ def answers(url: str) -> bool:
 def results_of(workspace: Path) -> dict[str, str]:
     """SHA-256 of every file that training, sampling and evaluation left, by its path in the workspace."""
     found = {}
-    for kind in ("data", "base", "features", "arms", "samples", "metrics", "slow-flow"):
+    for kind in RESULT_KINDS:
         for manifest in (workspace / kind).glob("*/manifest.json"):
             for name, entry in json.loads(manifest.read_text())["files"].items():
                 found[f"{kind}/{manifest.parent.name}/{name}"] = entry["sha256"]

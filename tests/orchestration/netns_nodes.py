@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-from clusters import answers
+from clusters import answers, kill_family
 from mlflow_servers import free_port, wait_until
 
 NETWORK = "10.199.77"  # the host is .1
@@ -74,13 +74,16 @@ class Nodes:
 
     def kill(self, number: int) -> None:
         """kill -9 of all of the node's processes."""
-        _kill(self._nodes.pop(number))
+        node = self._nodes.pop(number)
+        kill_family(node)
+        node.wait()
 
     def close(self) -> None:
         """Removes everything but the bridge."""
         for number in [*self._nodes]:
             self.kill(number)
-        _kill(self._head)
+        kill_family(self._head)
+        self._head.wait()
         for line in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout.splitlines():
             if line.startswith(f"{self.bridge}-"):
                 ip("netns", "delete", line.split()[0])
@@ -102,15 +105,6 @@ def _has_worker(node: psutil.Popen) -> bool:
         except psutil.NoSuchProcess:
             continue
     return False
-
-
-def _kill(process: psutil.Popen) -> None:
-    for each in [*process.children(recursive=True), process]:
-        try:
-            each.kill()
-        except psutil.NoSuchProcess:
-            continue
-    process.wait()
 
 
 def ip(*arguments: str) -> None:
