@@ -15,6 +15,7 @@ from typing import Any
 
 from orchestration.experiment import Experiment
 from orchestration.launch import cache_directory
+from orchestration.retry import PATIENT, Patience
 from orchestration.storage import Storage, open_storage
 from workers.codecs import CodecConfig, directory_hash
 from workers.encode import Images
@@ -164,12 +165,12 @@ def _bring(name: str, uri: str, target: Path) -> None:
         storage.copy_out(file, path)
 
 
-def files_at(name: str, uri: str) -> tuple[Storage, str, list[str]]:
+def files_at(name: str, uri: str, patience: Patience = PATIENT) -> tuple[Storage, str, list[str]]:
     """The storage around a URI, its last part, and the file of that name or the files below it."""
     folder, _, last = uri.rstrip("/").rpartition("/")
     if folder == "s3:/":
         raise ValueError(f"{name} must name a file or a directory in its bucket, got {uri!r}; add its name")
-    storage = open_storage(folder)
+    storage = open_storage(folder, patience)
     files = [last] if storage.exists(last) else storage.list(last)
     if not files:
         raise ValueError(f"{name} must be a file or a directory, got {uri!r} with nothing there; correct the URI")

@@ -23,6 +23,7 @@ from orchestration.given import (
     readable,
 )
 from orchestration.launch import cache_directory
+from orchestration.retry import PREFLIGHT
 from orchestration.storage import open_storage
 from orchestration.workflow import Workspace
 from workers import shards
@@ -118,21 +119,25 @@ def _left_out(settings: Images, files: Sequence[str]) -> list[str]:
 def _check_uris(workspace: Workspace) -> None:
     """Looks at what lies elsewhere, also where this machine has its content already: the other machines may not.
 
+    It does so with a preflight's patience: nobody should wait for minutes to hear of a wrong address.
+
     Raises:
         ValueError: a URI is none, or nothing can be read there; the message names its setting.
     """
-    # What is looked at below, or is of no use any more once its stage is done.
-    others = ["data.shards", "base.checkpoint", "guide.checkpoint"]
-    if workspace.experiment.data.images and workspace.artifact("data"):
-        others += ["data.images.features", "data.images.text_encoders"]
-    for name, uri in _uris(workspace.experiment):
+    experiment = workspace.experiment
+    made_of = {  # what is of no use any more once a stage is done
+        f"{given.section}.checkpoint": given.stage
+        for given in (given_base(experiment), given_guide(experiment))
+        if given
+    } | dict.fromkeys(("data.images.features", "data.images.text_encoders"), "data")
+    for name, uri in _uris(experiment):
         try:
             open_storage(uri)
         except ValueError as error:
             raise ValueError(f"{name} {str(error).removeprefix('storage ')}") from error
-        if uri.startswith("s3://") and name not in others:
+        if uri.startswith("s3://") and not (name in made_of and workspace.artifact(made_of[name])):
             with readable(name, uri):
-                files_at(name, uri)
+                files_at(name, uri, PREFLIGHT)
 
 
 def _uris(experiment: Experiment) -> Iterator[tuple[str, str]]:

@@ -47,6 +47,12 @@ class Patience:
     longest_wait_s: float = 10.0
 
 
+# What a run does, and its preflight, which must end within about 10 s at an endpoint that swallows packets (boto3
+# spends 1 s of each upload on waiting for "100 Continue").
+PATIENT = Patience(deadline_s=300, connect_s=20, read_s=60)
+PREFLIGHT = Patience(deadline_s=3, connect_s=3, read_s=3)
+
+
 class Retries:
     """Tries operations again, from any number of threads, and tells once of each time in which any had to wait."""
 

@@ -16,11 +16,6 @@ from workers.disk import NoRoomError
 
 T = TypeVar("T")
 
-# What a run does, and its preflight, which must end within about 10 s at an endpoint that swallows packets (boto3
-# spends 1 s of each upload on waiting for "100 Continue").
-PATIENT = Patience(deadline_s=300, connect_s=20, read_s=60)
-PREFLIGHT = Patience(deadline_s=3, connect_s=3, read_s=3)
-
 # Codes of errors with a status below 500 that may pass: the server's load, another conditional write under way, and a
 # body that broke off or was altered on its way.
 PASSING = {

@@ -21,8 +21,8 @@ from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
-from orchestration.retry import AlteredError, GaveUpError, Patience
-from orchestration.s3_client import PATIENT, PREFLIGHT, S3Client, diagnosis, status_of
+from orchestration.retry import PATIENT, PREFLIGHT, AlteredError, GaveUpError, Patience
+from orchestration.s3_client import S3Client, diagnosis, status_of
 from orchestration.storage import Paths, Storage, changed, clean, join, object_path, problem_of
 from workers.disk import room_for
 from workers.manifest import MANIFEST, CorruptError, FileEntry, Manifest

@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 from urllib.parse import unquote, urlsplit
 
+from orchestration.retry import PATIENT, Patience
 from workers.manifest import MANIFEST, CorruptError, FileEntry, Manifest, measure
 
 log = logging.getLogger(__name__)
@@ -205,8 +206,12 @@ class Storage(abc.ABC):
             self.delete(name)
 
 
-def open_storage(uri: str) -> Storage:
+def open_storage(uri: str, patience: Patience = PATIENT) -> Storage:
     """The storage at a URI: `./dir`, `/abs/dir`, `file:///abs/dir` or `s3://bucket/prefix`. Touches nothing yet.
+
+    Args:
+        uri: where it lies.
+        patience: how long faults of an S3 server are waited for.
 
     Raises:
         ValueError: the URI is none of these.
@@ -224,7 +229,7 @@ def open_storage(uri: str) -> Storage:
         got = re.split("[?#]", uri)[0]  # what stands behind it may be a secret
         raise ValueError(f"{rule} without ? and #, got them behind {got!r}; set such options as variables")
     if parts.scheme == "s3" and re.fullmatch(r"[a-z0-9][a-z0-9._-]{1,61}[a-z0-9]", parts.netloc):
-        return S3Storage(parts.netloc, clean(parts.path.strip("/")))
+        return S3Storage(parts.netloc, clean(parts.path.strip("/")), patience)
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
         return LocalStorage(Path(os.path.abspath(unquote(parts.path))))
     raise ValueError(f"{rule}, got {uri!r}; correct the URI")

@@ -25,6 +25,7 @@ from workers.manifest import canonical_hash
 Kind = Literal["folder", "webdataset", "parquet"]
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".ppm", ".tif", ".tiff")
 MOST_TEXT = 2**20  # bytes of a label or caption
+MOST_GROUP = 2**32  # bytes of the images of a Parquet row group, which is read as a whole
 COMPANIONS = (".txt", ".json", ".cls")  # lie beside images and are none
 _KIND_OF = {".tar": "webdataset", ".parquet": "parquet", **dict.fromkeys(IMAGE_SUFFIXES, "folder")}
 
@@ -297,6 +298,7 @@ def _parquet(root: Path, file: str, captions: bool) -> Iterator[_Found]:
         schema = pq.read_schema(path)
         names = set(schema.names)
         values = pq.read_table(path, columns=[wanted])[wanted] if wanted in names else None
+        largest = _largest_group(pq.read_metadata(path))
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"source must hold readable Parquet files, got {path} ({error})") from error
     if "image" not in names or not _holds_bytes(schema.field("image").type):
@@ -310,12 +312,25 @@ def _parquet(root: Path, file: str, captions: bool) -> Iterator[_Found]:
     if not (fits if captions else pa.types.is_integer(values.type)):
         rule = "text" if captions else "integers"
         raise ValueError(f"source must have {rule} in the column {wanted}, got {values.type} in {path}")
+    if largest > MOST_GROUP:
+        raise ValueError(
+            f"source must have at most {MOST_GROUP} bytes of images in a row group of Parquet, got {largest} in "
+            f"{path}; write it anew with fewer rows a group"
+        )
     about = path.stat()
     for row, value in enumerate(values.to_pylist()):
         name = f"{file}[{row}]"
         if value is None:
             raise _lacking(f"a {wanted} for every image", name, False)
         yield Place(name, file, row, about.st_size, about.st_mtime_ns), value
+
+
+def _largest_group(about: pq.FileMetaData) -> int:
+    """Bytes of the images in the largest row group, unpacked."""
+    groups = [about.row_group(number) for number in range(about.num_row_groups)]
+    columns = [[group.column(number) for number in range(group.num_columns)] for group in groups]
+    sizes = [sum(c.total_uncompressed_size for c in of if c.path_in_schema.split(".")[0] == "image") for of in columns]
+    return max(sizes, default=0)
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

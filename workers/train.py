@@ -216,7 +216,7 @@ class _JoinedGradients:
         self.local_loss = torch.zeros(())
         self.model: nn.Module = model
         if world_size > 1 and not run.training.sharded:
-            self.model = DistributedDataParallel(model, gradient_as_bucket_view=True, broadcast_buffers=False)
+            self.model = DistributedDataParallel(model, gradient_as_bucket_view=True, forward_sync_buffers=False)
 
     def warm_up(self, batches: list[Batch], interpolant: Interpolant) -> None:
         """DDP lays its buckets out anew after the first backward pass, and with them the order of its sums.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 from bench_loop import CPU, local_io
 from bench_note import Figure, Outcome, figure
 from bench_side_by_side import BareLoop
+from safetensors.torch import save_file
 
 from orchestration.recipe import load
 from orchestration.storage import open_storage
@@ -21,6 +24,8 @@ from workers.train import held_out_loss
 
 AIM_MS, AIM_SHARE_PERCENT = 50.0, 0.5
 SAVES, SAVES_QUICK = 5, 2
+SIZES_MIB, SIZES_MIB_QUICK = (1, 16, 256, 2048), (1, 16)
+TENSORS = 24
 STEPS_TIMED = 5
 
 
@@ -45,13 +50,18 @@ def checkpoint(quick: bool) -> Outcome:
         name, run = f"SiT-{size}/2", _published_run(size, device)
         figures += _measure(name, run, random_latents(64), device, saves)
         settings[name] = {**run.model_dump(mode="json"), "device": str(device), "threads": threads}
+    for mib in SIZES_MIB_QUICK if quick else SIZES_MIB:
+        figures += _by_size(mib, saves)
     about = (
         "Time for which CheckpointStore.save keeps the loop waiting (it copies the state; a thread writes it), with "
         "nothing earlier still being written, and that time as a share of the time between two checkpoints: the "
         "run's checkpoint_every times a step's time here, of a bare loop. The published sizes have no recipe here: "
         f"every {Training.model_fields['checkpoint_every'].default} steps, the default, at a batch far smaller than "
         "anybody's, so that their share is an upper bound. The aim is met where either holds. `writing` happens "
-        "behind; save waits for it only if the next checkpoint comes sooner. The held-out loss stops training too."
+        "behind; save waits for it only if the next checkpoint comes sooner. The held-out loss stops training too. "
+        f"By size: {TENSORS} tensors of random numbers; the time to copy them bare, and the speed at which a "
+        "checkpoint becomes complete (copy, files, SHA-256, files in the store, manifest) over that of a bare "
+        "save_file with fsync."
     )
     return Outcome("checkpoint", about, figures, settings)
 
@@ -89,6 +99,40 @@ def _measure(name: str, run: RunConfig, data: ImageSet, device: torch.device, sa
         Figure(**{**vars(blocked), "aim": aim, "met": met}),
         of_time,
         figure(f"{name}: writing behind", "s", writing_s),
+    ]
+
+
+def _by_size(mib: int, saves: int) -> list[Figure]:
+    """A state of so many MiB: how long saving blocks beside a bare copy, and how fast it is kept beside a bare file."""
+    numbers = torch.Generator().manual_seed(0)
+    tensors = {f"{n}": torch.randn(mib * 2**18 // TENSORS, generator=numbers) for n in range(TENSORS)}
+    groups = {part: dict(list(tensors.items())[n::3]) for n, part in enumerate(("model", "ema", "optimizer"))}
+    times: dict[str, list[float]] = {"save blocks": [], "copied bare": [], "kept": [], "bare": []}
+    with tempfile.TemporaryDirectory(prefix="mixflow-benchmark-") as scratch:
+        store = CheckpointStore(open_storage(scratch), "checkpoints", keep=1, about={})
+        for number in range(saves + 1):
+            start = time.perf_counter()
+            store.save(TrainState(number, groups["model"], groups["ema"], groups["optimizer"], []), 0.0)
+            blocked = time.perf_counter()
+            store.wait()
+            kept = time.perf_counter()
+            copies = [tensor.clone() for tensor in tensors.values()]
+            copied = time.perf_counter()
+            save_file(tensors, Path(scratch, "bare"))
+            with Path(scratch, "bare").open("rb") as file:
+                os.fsync(file.fileno())
+            done = time.perf_counter()
+            del copies
+            if number:  # the first one warms up
+                steps = (blocked - start, copied - kept, kept - start, done - copied)
+                for name, seconds in zip(times, steps, strict=True):
+                    times[name].append(seconds)
+    over = [bare / ours for bare, ours in zip(times["bare"], times["kept"], strict=True)]
+    return [
+        figure(f"{mib} MiB: save blocks", "ms", [1000 * s for s in times["save blocks"]]),
+        figure(f"{mib} MiB: a bare copy", "ms", [1000 * s for s in times["copied bare"]]),
+        figure(f"{mib} MiB: kept at", "MiB/s", [mib / s for s in times["kept"]]),
+        figure(f"{mib} MiB: speed over a bare file's", "", over),
     ]
 
 

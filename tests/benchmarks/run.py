@@ -18,6 +18,7 @@ from pathlib import Path
 from bench_checkpoint import checkpoint
 from bench_encode import encode
 from bench_gpu import gpu
+from bench_loader import has_server, loader
 from bench_loop import loop, mixture
 from bench_metrics import available, metrics
 from bench_models import models
@@ -25,6 +26,7 @@ from bench_note import Outcome, host_kind, machine, note, now, record, table
 from bench_paired import paired
 from bench_runs import mlflow, quickstart
 from bench_sample import sample
+from bench_scaling import scaling
 from bench_sweep import search, sweep
 
 RESULTS = Path(__file__).parent / "results"
@@ -32,6 +34,8 @@ BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
     "loop": loop,
     "mixture": mixture,
     "checkpoint": checkpoint,
+    "scaling": scaling,
+    "loader": loader,
     "mlflow": mlflow,
     "quickstart": quickstart,
     "encode": encode,
@@ -93,6 +97,7 @@ def _has_gpu() -> bool:
 NEEDS: dict[str, tuple[Callable[[], bool], str]] = {
     "gpu": (_has_gpu, "a CUDA device"),
     "metrics": (available, "torch-fidelity in .venv/fidelity"),
+    "loader": (has_server, "Ceph RADOS Gateway"),
 }
 
 

@@ -46,8 +46,7 @@ from campaigns import append_result, read_results
 sys.path.append(str(Path(__file__).parents[1] / "servers"))
 import s3_servers
 
-from orchestration.retry import Patience
-from orchestration.s3_client import PATIENT
+from orchestration.retry import PATIENT, Patience
 from orchestration.s3_storage import S3Storage
 from orchestration.storage import Storage, open_storage
 from workers.checkpoint import CheckpointStore, TrainState

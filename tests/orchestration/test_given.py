@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import yaml
+from s3_servers import free_port, s3_variables
 from tiny_models import tiny_dinov2
 from twins import twin
 
@@ -181,3 +183,17 @@ def test_what_is_not_on_s3_is_missed_although_this_machine_has_it(refused, tmp_p
     assert line.startswith("codec.weights must name a file or a directory in its bucket")
     line = refused("repa", "codec.weights=s3://no-such-bucket/x")
     assert line.startswith("codec.weights must be readable, got 's3://no-such-bucket/x' (")
+
+
+@pytest.mark.parametrize("setting", ["codec.weights", "data.images.features"])
+def test_a_store_that_does_not_answer_is_told_within_seconds(refused, monkeypatch, setting):
+    """A run waits for a store for minutes; whoever mistyped its address should not."""
+    for name in ("AWS_ENDPOINT_URL_S3", "MLFLOW_S3_ENDPOINT_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in s3_variables(f"http://127.0.0.1:{free_port()}").items():
+        monkeypatch.setenv(name, value)
+    start = time.monotonic()
+    line = refused("repa", f"{setting}=s3://bucket/x")
+    assert line.startswith(f"{setting} must be readable, got 's3://bucket/x' (")
+    assert line.endswith("; correct the URI or the access")
+    assert time.monotonic() - start < 30

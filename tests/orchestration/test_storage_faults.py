@@ -21,8 +21,7 @@ from raw_storage import Raw
 from s3_servers import Ceph, Control, make_bucket
 
 from orchestration import retry, s3_storage
-from orchestration.retry import GaveUpError, Patience, Retries, TransientError
-from orchestration.s3_client import PATIENT
+from orchestration.retry import PATIENT, GaveUpError, Patience, Retries, TransientError
 from orchestration.s3_storage import S3Storage
 from orchestration.storage import CorruptError, open_storage
 from workers.checkpoint import CheckpointStore, TrainState

@@ -452,6 +452,19 @@ def test_a_missing_value_in_parquet_is_unreadable(tmp_path):
     assert unreadable == [Unreadable("part-0.parquet[0]", "has no bytes")]
 
 
+@pytest.mark.parametrize("struct", [False, True])
+def test_a_row_group_larger_than_memory_is_refused(tmp_path, monkeypatch, struct):
+    """Seven rows a group: seven images of 10,000 bytes are beyond a limit of 65,000 and within one of 80,000."""
+    contents = [bytes([number]) * 10_000 for number in range(20)]
+    image = [{"bytes": content} for content in contents] if struct else contents
+    source = parquet(tmp_path / "source", pictures(20), image=image)
+    monkeypatch.setattr("workers.sources.MOST_GROUP", 80_000)
+    assert len(list_source(source, captions=False).places) == 20
+    monkeypatch.setattr("workers.sources.MOST_GROUP", 65_000)
+    with pytest.raises(ValueError, match=r"at most 65000 bytes of images in a row group .*/part-1.parquet; write it"):
+        list_source(source, captions=False)
+
+
 def test_a_shard_without_a_readable_image_leaves_no_file(tmp_path):
     plan = plan_of(Path(class_folder(tmp_path / "source", pictures(40))))
     shard = plan.shards[0]
