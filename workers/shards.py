@@ -300,41 +300,46 @@ def open_shards(directory: Path, manifest: Manifest, cache: Path) -> dict[Split,
 
 def _unpack(directory: Path, split: Split, scratch: Path) -> None:
     """One shard at a time: a published set is larger than memory."""
-    paths = sorted(directory.glob(f"{split}-*.parquet"))
-    total, start = sum(pq.read_metadata(path).num_rows for path in paths), 0
-    maps: dict[str, np.ndarray] = {}
+    total = sum(pq.read_metadata(path).num_rows for path in directory.glob(f"{split}-*.parquet"))
+    maps = _Maps(scratch, f"{split}-", total)
     for part, _ in read_shards(directory, split):
-        for name in ARRAYS:
-            values = getattr(part, name)
-            if values is None:
-                continue
-            if name not in maps:
-                shape = (total, *values.shape[1:])
-                file = scratch / f"{split}-{name}.npy"
-                maps[name] = np.lib.format.open_memmap(file, mode="w+", dtype=values.dtype, shape=shape)
-            maps[name][start : start + len(values)] = values
-        start += len(part.labels)
+        maps.append({name: values for name in ARRAYS if (values := getattr(part, name)) is not None})
+    maps.flush()
     (scratch / f"{split}.json").write_text(json.dumps(part.codec))
-    for array in maps.values():
-        array.flush()  # type: ignore[attr-defined]
 
 
 def _unpack_captions(directory: Path, scratch: Path) -> None:
     """One file at a time, as with the shards."""
-    total, names = _count_captions(directory), list[str]()
-    maps: dict[str, np.ndarray] = {}
+    maps, names = _Maps(scratch, "", _count_captions(directory)), list[str]()
     for part in read_captions(directory):
-        for name, values in (("text", part.text), ("pooled", part.pooled)):
-            if name not in maps:
-                shape = (total, *values.shape[1:])
-                file = scratch / f"{name}.npy"
-                maps[name] = np.lib.format.open_memmap(file, mode="w+", dtype=values.dtype, shape=shape)
-            maps[name][len(names) : len(names) + len(values)] = values
+        maps.append({"text": part.text, "pooled": part.pooled})
         names += part.captions
-    for array in maps.values():
-        array.flush()  # type: ignore[attr-defined]
+    maps.flush()
     if names:
         (scratch / "captions.json").write_text(json.dumps(names))
+
+
+class _Maps:
+    """Arrays of `total` rows in files, filled from their start."""
+
+    def __init__(self, directory: Path, prefix: str, total: int) -> None:
+        self.directory, self.prefix, self.total = directory, prefix, total
+        self._maps: dict[str, np.memmap[Any, Any]] = {}
+        self._filled = 0
+
+    def append(self, part: Mapping[str, np.ndarray]) -> None:
+        """The next rows of every array; the first ones say which arrays there are."""
+        for name, values in part.items():
+            if name not in self._maps:
+                file, shape = self.directory / f"{self.prefix}{name}.npy", (self.total, *values.shape[1:])
+                self._maps[name] = np.lib.format.open_memmap(file, mode="w+", dtype=values.dtype, shape=shape)
+            self._maps[name][self._filled : self._filled + len(values)] = values
+        self._filled += len(values)
+
+    def flush(self) -> None:
+        """Waits until all of it is in the files."""
+        for array in self._maps.values():
+            array.flush()
 
 
 def _mapped(home: Path, split: Split, captions: CaptionTable | None) -> ImageSet:

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from clusters import Run, ray_head, small
+from clusters import Run, ray_head, ray_node, small
 
 from orchestration import submit
 from orchestration.cli import main
@@ -185,6 +185,18 @@ def test_a_job_answers_with_its_document_and_nowhere_are_secrets(head: dict[str,
     assert any(answer["job"] in path.name for path in kept)
     for word in (secret, PLANTED, TOKEN):
         assert [path for path in kept if word.encode() in path.read_bytes()] == []
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+def test_doctor_looks_at_every_node(head: dict[str, str], tmp_path: Path) -> None:
+    with ray_node(head, tmp_path / "node.log"):
+        answer = Run(["submit", "--json", "--", "doctor"], tmp_path / "two", _user(head)).answer()
+    findings = {finding["what"]: finding for finding in answer["findings"]}
+    assert all(finding["ok"] for finding in findings.values()), findings
+    for what in ("versions", "clocks", "storage nodes", "mlflow nodes", "gpu nodes", "collectives"):
+        assert "2 nodes" in findings[what]["says"], findings[what]
+    assert "gloo all-reduce over 2 processes" in findings["collectives"]["says"]
 
 
 @pytest.mark.ray

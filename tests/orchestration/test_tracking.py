@@ -6,6 +6,7 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import uuid
@@ -617,6 +618,18 @@ def test_real_servers_pass_the_check(mlflow_server: MlflowServer, postgresql: st
     assert read.run("a").info.artifact_uri.startswith(f"{workspace.uri}/mlartifacts")
     with pytest.raises(ValueError, match="must be accepted by PostgreSQL"):
         check_tracking(postgresql.replace("mlflow@", "stranger@"))
+
+
+@pytest.mark.mlflow
+def test_a_host_that_mlflow_does_not_serve_is_named(mlflow_server: MlflowServer, monkeypatch):
+    """As a worker meets it that knows the server by another name; only the name's address is made up."""
+    mlflow_server.start()
+    look_up = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", lambda host, *more, **options: look_up("127.0.0.1", *more, **options))
+    uri = f"http://tracking.example.org:{mlflow_server.port}"
+    with pytest.raises(ValueError, match="must name a host that the server allows") as error:
+        check_tracking(uri)
+    assert str(error.value).endswith("--allowed-hosts (tracking.example.org,tracking.example.org:*)")
 
 
 @pytest.mark.parametrize(
