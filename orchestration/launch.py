@@ -91,10 +91,13 @@ class Reporter:
         now = time.monotonic()
         return [replace(pulse, silent_s=now - at) for pulse, at in self.heard.values()]
 
-    def stop(self, group: str = "") -> None:
-        """Asks the workers of a group to stop, or with "" all workers for good, since the driver is to end."""
-        self.ending = self.ending or not group
+    def stop(self, group: str) -> None:
+        """Asks the workers of a group to stop."""
         self.stopping.add(group)
+
+    def end(self) -> None:
+        """Asks all workers to stop, for good, since the driver is to end."""
+        self.ending = True
 
     def is_ending(self) -> bool:
         """Whether the driver is to end."""
@@ -209,7 +212,7 @@ def launch(
 
     reporter = ray.get_actor(reporter_name, NAMESPACE)
     while True:
-        answer = _fit(workspace, stages, reporter_name, max_failures, callbacks)
+        answer = _fit(workspace, stages, reporter, reporter_name, max_failures, callbacks)
         if "error" in answer:
             raise DivergedError(answer["error"])
         if "wrong_input" in answer:
@@ -223,7 +226,12 @@ def launch(
 
 
 def _fit(
-    workspace: Workspace, stages: list[Stage], reporter_name: str, max_failures: int, callbacks: Sequence[Any]
+    workspace: Workspace,
+    stages: list[Stage],
+    reporter: Any,
+    reporter_name: str,
+    max_failures: int,
+    callbacks: Sequence[Any],
 ) -> dict[str, Any]:
     """One worker group with its restarts; what rank 0's `worker_entry` returned."""
     import ray
@@ -261,7 +269,6 @@ def _fit(
             callbacks=list(callbacks),
         ),
     )
-    reporter = ray.get_actor(reporter_name, NAMESPACE)
     try:
         result: Any = in_thread(trainer.fit)
     except ray.exceptions.ActorDiedError as error:

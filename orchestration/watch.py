@@ -50,7 +50,7 @@ def watching(reporter: Any, cluster: Cluster, say: Callable[[str], None]) -> Ite
             if asked.is_set() and not told:
                 told = True
                 say(STOPPING)
-                reporter.stop.remote()
+                reporter.end.remote()
             pulses = _pulses(reporter)
             silence = 0.0 if pulses or pulses is None else silence + LOOK_EVERY_S
             if silence == PATIENCE_S and (room := room_for(cluster)) < cluster.least_workers:

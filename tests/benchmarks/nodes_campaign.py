@@ -19,6 +19,7 @@ import json
 import os
 import random
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -132,6 +133,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that nodes, network and servers end too
     with tempfile.TemporaryDirectory(prefix="mixflow-nodes-") as name:
         rounds = campaign(options.results, options.rounds, Path(name))
     passed = sum(entry["passed"] for entry in rounds)

@@ -42,15 +42,19 @@ def small(**more: object) -> list[str]:
     return [argument for key, value in settings.items() for argument in ("--set", f"{key}={value}")]
 
 
+def inherited() -> dict[str, str]:
+    """This process's environment without what would lead elsewhere; Ray's own start-up limit is for idle machines."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MIXFLOW_", "MLFLOW_"))}
+    return env | {"RAY_raylet_start_wait_time_s": "120", "RAY_USAGE_STATS_ENABLED": "0"}
+
+
 class Run:
     """`python -m orchestration ...` in a process group of its own."""
 
     def __init__(self, arguments: list[str], directory: Path, environment: Mapping[str, str]) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.out, self.err = directory / "stdout", directory / "stderr"
-        env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MIXFLOW_", "MLFLOW_"))}
-        # Ray's own start-up time limits are for idle machines.
-        env |= {"RAY_raylet_start_wait_time_s": "120", **environment}
+        env = inherited() | dict(environment)
         with self.out.open("wb") as out, self.err.open("ab") as err:
             self.process = psutil.Popen(
                 [sys.executable, "-m", "orchestration", *arguments],
@@ -123,10 +127,9 @@ def ray_head(name: str, log: Path, *, cpus: int = 2, **variables: str) -> Iterat
     # Sockets have short names only, so Ray's directory must not lie below pytest's.
     directory = f"/tmp/mixflow-{name}-{os.getpid()}"
     gcs, dashboard = free_port(), free_port()
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MIXFLOW_", "MLFLOW_"))}
+    env = inherited() | variables
     # Jobs call `python`, which is this one.
     env["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{env['PATH']}"
-    env |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_raylet_start_wait_time_s": "120", **variables}
     command = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", f"--num-cpus={cpus}", "--block"]
     command += [
         f"--port={gcs}",

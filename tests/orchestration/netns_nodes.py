@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import psutil
-from clusters import answers, kill_family
+from clusters import answers, inherited, kill_family
 from mlflow_servers import free_port, wait_until
 
 NETWORK = "10.199.77"  # the host is .1
@@ -30,9 +30,7 @@ class Nodes:
         self._directory, port = f"/tmp/mixflow-nodes-{os.getpid()}", free_port()
         self.address = f"{HOST}:{port}"
         self._nodes: dict[int, psutil.Popen] = {}
-        inherited = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "MIXFLOW_", "MLFLOW_"))}
-        self._env = {**inherited, **AUTHENTICATION, "RAY_USAGE_STATS_ENABLED": "0"}
-        self._env |= {"RAY_raylet_start_wait_time_s": "120", "NO_PROXY": f"127.0.0.1,{HOST}"}
+        self._env = {**inherited(), **AUTHENTICATION, "NO_PROXY": f"127.0.0.1,{HOST}"}
         dashboard, agent = free_port(), free_port()
         arguments = ["--head", f"--port={port}", "--num-cpus=0", f"--node-ip-address={HOST}"]
         arguments += [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--temp-dir={self._directory}"]
