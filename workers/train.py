@@ -344,6 +344,8 @@ def _set_precision(precision: str) -> None:
     # cuBLAS is deterministic only with a workspace of fixed size, and reads this when CUDA starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
+    # Or every new tensor is filled first, for code that reads what it never wrote.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # not in torch's types
     torch.backends.cudnn.benchmark = False
     allow_tf32(precision != "fp32")
 
