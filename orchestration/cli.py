@@ -8,11 +8,15 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext, redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
@@ -48,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")
     where = _where(arguments)
     try:
-        with _stdout_kept_for_json() if arguments.json else nullcontext():
+        with _terminated_like_interrupted(), _stdout_kept_for_json() if arguments.json else nullcontext():
             answer = arguments.act(arguments)
     except Exception as error:
         if arguments.debug:
@@ -70,6 +74,23 @@ def _where(arguments: argparse.Namespace) -> str:
 
 
 @contextmanager
+def _terminated_like_interrupted() -> Iterator[None]:
+    """While the block runs, SIGTERM does what Ctrl-C does: what was begun is ended in order."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+@contextmanager
 def _stdout_kept_for_json() -> Iterator[None]:
     """Sends to stderr what others print meanwhile: Ray warns on stdout, C code writes to descriptor 1."""
     sys.stdout.flush()
@@ -85,6 +106,7 @@ def _stdout_kept_for_json() -> Iterator[None]:
 
 def _fail(where: str, error: Exception) -> int:
     from orchestration.launch import RunFailedError
+    from orchestration.workflow import HeldError
     from workers.io import StoppedError
     from workers.manifest import CorruptError
 
@@ -93,7 +115,7 @@ def _fail(where: str, error: Exception) -> int:
         _say(f"{text}; the same command goes on from there")
         return FAILED
     _say(f"error: {text}" if text.startswith(f"{where}:") else f"error: {where}: {text}")
-    wrong_input = isinstance(error, ValueError | CorruptError) and not isinstance(error, RunFailedError)
+    wrong_input = isinstance(error, ValueError | CorruptError) and not isinstance(error, RunFailedError | HeldError)
     return WRONG_INPUT if wrong_input else FAILED
 
 
@@ -243,7 +265,7 @@ def _checkpoint(arguments: argparse.Namespace) -> list[str]:
     if arguments.arm:
         raise ValueError(f"--checkpoint must be left out for an arm, got both it and {arguments.arm!r}; choose one")
     path = json.dumps(given[0])  # YAML that reads as text whatever is in it
-    return ["base.train=", f"base.checkpoint={path}", f"base.sha256={given[1]}", "bases=1"]
+    return ["base.train=", f"base.checkpoint={path}", f"base.sha256={given[1]}", "bases=1", "replicates=2"]
 
 
 def _measured_arm(experiment: Experiment, arm: str) -> str:
@@ -423,9 +445,10 @@ def _replay(arguments: argparse.Namespace) -> dict[str, Any]:
     answer: dict[str, Any] = {"tracking": without_password(place.tracking_uri), "spools": []}
     for spool in list_spools(place.storage):
         found = replay(place.storage, place.tracking_uri, spool)
-        answer["spools"].append({"spool": spool, "sent": found.sent, "pending": found.pending})
+        answer["spools"].append({"spool": spool, **asdict(found)})
         if not arguments.json:
-            print(f"{spool}: {found.sent} events sent, {found.pending} still waiting")
+            refused = f" ({found.rejected} of them refused, kept in {spool}/rejected)" if found.rejected else ""
+            print(f"{spool}: {found.sent} events sent{refused}, {found.pending} still waiting")
     if not answer["spools"] and not arguments.json:
         print(f"no spool in {place.storage.uri}: nothing to send")
     pending = sum(spool["pending"] for spool in answer["spools"])

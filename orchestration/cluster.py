@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from orchestration.sections import Cluster
@@ -74,7 +78,8 @@ def connect(environment: dict[str, str], *, dashboard: bool = False) -> None:
         variables["RAY_ADDRESS"] = address
     if os.environ.get("RAY_ADDRESS"):
         try:
-            ray.init(**options)
+            with _signals_kept():
+                ray.init(**options)
         except ConnectionError as error:
             reason = str(error).splitlines()[0]
             raise ValueError(
@@ -83,7 +88,17 @@ def connect(environment: dict[str, str], *, dashboard: bool = False) -> None:
         if dashboard:
             _check_dashboard()
     else:
-        ray.init(address="local", include_dashboard=dashboard, object_store_memory=256 * 2**20, **options)
+        with _signals_kept():
+            ray.init(address="local", include_dashboard=dashboard, object_store_memory=256 * 2**20, **options)
+
+
+@contextmanager
+def _signals_kept() -> Iterator[None]:
+    """Ray would let SIGTERM end this process on the spot; who has set another handler keeps it."""
+    before = signal.getsignal(signal.SIGTERM)
+    yield
+    if callable(before) and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, before)
 
 
 def _local_address() -> str:

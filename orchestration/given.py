@@ -15,9 +15,10 @@ from typing import Any
 
 from orchestration.experiment import Experiment
 from orchestration.launch import cache_directory
-from orchestration.retry import PATIENT, Patience
+from orchestration.retry import PATIENT, GaveUpError, Patience
 from orchestration.storage import Storage, open_storage
 from workers.codecs import CodecConfig, directory_hash
+from workers.disk import NoRoomError
 from workers.encode import Images
 from workers.extractors import ExtractorConfig
 from workers.manifest import measure
@@ -183,11 +184,21 @@ def _hash_of(path: Path) -> str:
 
 @contextmanager
 def readable(name: str, uri: str) -> Iterator[None]:
-    """What was given may lie in another storage than the workspace, which nobody has tried yet."""
+    """What was given may lie in another storage than the workspace, which nobody has tried yet.
+
+    What waiting or more room would mend is nobody's wrong input.
+    """
     try:
         yield
+    except (GaveUpError, NoRoomError):
+        raise
     except OSError as error:
-        raise ValueError(f"{name} must be readable, got {uri!r} ({error}); correct the URI or the access") from error
+        raise unreadable(name, uri, error) from error
+
+
+def unreadable(name: str, uri: str, error: OSError) -> ValueError:
+    """The error of a setting `name` whose URI cannot be read."""
+    return ValueError(f"{name} must be readable, got {uri!r} ({error}); correct the URI or the access")
 
 
 @contextmanager

@@ -21,6 +21,7 @@ from orchestration.given import (
     local_extractor,
     of_section,
     readable,
+    unreadable,
 )
 from orchestration.launch import cache_directory
 from orchestration.retry import PREFLIGHT
@@ -136,8 +137,10 @@ def _check_uris(workspace: Workspace) -> None:
         except ValueError as error:
             raise ValueError(f"{name} {str(error).removeprefix('storage ')}") from error
         if uri.startswith("s3://") and not (name in made_of and workspace.artifact(made_of[name])):
-            with readable(name, uri):
+            try:
                 files_at(name, uri, PREFLIGHT)
+            except OSError as error:
+                raise unreadable(name, uri, error) from error
 
 
 def _uris(experiment: Experiment) -> Iterator[tuple[str, str]]:

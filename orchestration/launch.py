@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import threading
@@ -75,6 +76,7 @@ class Reporter:
         self.ending = False
         self.stopping: set[str] = set()
         self.heard: dict[tuple[str, int], tuple[Pulse, float]] = {}
+        logging.getLogger("orchestration").addHandler(_Warns(self))  # nobody reads this process's log
 
     def alive(self, pulse: Pulse) -> bool:
         """A sign of life of a worker; returns whether its group is to stop."""
@@ -166,6 +168,17 @@ class Reporter:
         """Waits while MLflow takes what there is; returns the tracker's status and the experiment's MLflow run."""
         self.tracker.drain(timeout_s)
         return {**self.tracker.status(), "run_id": self.tracker.run_id(self.home)}
+
+
+class _Warns(logging.Handler):
+    """Makes the warnings of the Reporter's own process, such as what MLflow refuses, warnings for the user."""
+
+    def __init__(self, reporter: Reporter) -> None:
+        super().__init__(logging.WARNING)
+        self.reporter = reporter
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.reporter.warn(" ".join(record.getMessage().split()))
 
 
 def start_reporter(workspace: Workspace, tracking_uri: str) -> tuple[Any, str]:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
-from orchestration import mlflow_server
+from orchestration import cluster, mlflow_server
 from orchestration.s3_client import s3_environment
 from orchestration.storage import Storage
 from orchestration.workflow import code_version
@@ -101,7 +101,7 @@ class Probes:
         return {
             "versions": self.versions,
             "clocks": self.clocks,
-            "storage nodes": lambda: self._nothing_wrong("storage", workspace()),
+            "storage nodes": lambda: self._storage(workspace()),
             "mlflow nodes": lambda: self._nothing_wrong("mlflow", tracking_uri()),
             "gpu nodes": self.gpus,
             "collectives": self.collectives,
@@ -166,6 +166,10 @@ class Probes:
                 f"an all-reduce of ones over {len(ranks)} processes must be {len(ranks)}, got another on {wrong[0]}"
             )
         return f"{'NCCL' if per_gpu else 'gloo'} all-reduce over {len(ranks)} processes on {len(set(ranks))} nodes"
+
+    def _storage(self, storage: Storage) -> str:
+        cluster.check_shared(storage)  # each node can write a directory that only itself sees
+        return self._nothing_wrong("storage", storage)
 
     def _nothing_wrong(self, method: str, argument: Any) -> str:
         for node, problem in self._ask(method, each=lambda rank: (argument,)).items():

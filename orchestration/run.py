@@ -330,4 +330,6 @@ def delivered(recorder: Recorder, place: Place, progress: Progress) -> dict[str,
             f"warning: MLflow at {shown} has not taken {status['pending']} events "
             f"({status['last_error']}); they are kept, `mixflow replay` sends them later"
         )
-    return {"uri": shown, "parent_run": status["run_id"], "pending": status["pending"]}
+    if status["rejected"]:
+        progress.say(f"warning: MLflow at {shown} refused {status['rejected']} events; what it said is told above")
+    return {"uri": shown, "parent_run": status["run_id"], **{name: status[name] for name in ("pending", "rejected")}}

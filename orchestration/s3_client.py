@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from orchestration.retry import Patience, Retries, TransientError
+from orchestration.retry import Patience, PermanentError, Retries, TransientError
 from workers.disk import NoRoomError
 
 T = TypeVar("T")
@@ -81,7 +81,7 @@ class S3Client:
             except ClientError as error:
                 raise self._sorted(where, error, client) from error
             except (BotoCoreError, ResponseParserError) as error:
-                kind = TransientError if self._may_pass(error, client) else OSError
+                kind = TransientError if self._may_pass(error, client) else PermanentError
                 raise kind(f"{where}: {_flat(error)}") from error
             except TransientError as error:
                 raise type(error)(f"{where}: {error}") from error
@@ -104,7 +104,7 @@ class S3Client:
             passing = self._renewed(client) or code == "SignatureDoesNotMatch"
         else:
             passing = code in PASSING or status == 429 or (status >= 500 and status != 501)
-        return (TransientError if passing else OSError)(text)
+        return (TransientError if passing else PermanentError)(text)
 
     def _may_pass(self, error: Exception, client: Any) -> bool:
         """Whether what boto3 raised by itself may pass: no connection, or an answer that is not whole."""

@@ -8,6 +8,7 @@ lost can tell its own object from another's.
 from __future__ import annotations
 
 import base64
+import fcntl
 import hashlib
 import io
 import logging
@@ -247,10 +248,13 @@ class S3Storage(Storage):
         return self.client.call("GET", path, request)
 
     def _verified(self, path: str, manifest: Manifest, into: Path) -> Path:
-        for name, entry in manifest.files.items():
-            if problem_of(into, name, entry):
-                self._bring(path, name, entry, into)
-        (into / MANIFEST).write_text(manifest.to_json())
+        into.parent.mkdir(parents=True, exist_ok=True)
+        with (into.parent / f".{into.name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of the workers of a machine, which ask for the same, one brings it
+            for name, entry in manifest.files.items():
+                if problem_of(into, name, entry):
+                    self._bring(path, name, entry, into)
+            (into / MANIFEST).write_text(manifest.to_json())
         return into
 
     def _bring(self, path: str, name: str, entry: FileEntry, into: Path) -> None:

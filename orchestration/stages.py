@@ -110,6 +110,8 @@ def _train(site: Site, stage: Stage, inputs: Inputs, directory: Path, judge: Obj
     about = {"stage": stage.name, "run": stage.settings["run"]}
     store = CheckpointStore(site.storage, checkpoints, keep=run.training.keep_checkpoints, about=about)
 
+    store.discard_scratch()
+
     def report(step: int, metrics: Mapping[str, float]) -> None:
         site.tell(stage.name, step, run.training.steps, metrics)
 
@@ -175,9 +177,10 @@ def _samples(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[
         for number, batches in enumerate(what.parts(math.prod(shape)))
     ]
     mine: dict[str, Any] = {}
+    stopped = False
     for place in site.share(len(work)):
-        if site.stopping():
-            raise StoppedError(f"stopped in {stage.name}, whose finished parts are kept")
+        if stopped := site.stopping():
+            break
         cell, what, number, batches = work[place]
         name = part_name(cell, number)
         record, why_again = parts.finished(name, digest)
@@ -198,7 +201,11 @@ def _samples(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[
             mine[f"{cell}.png"] = sheet
         if site.rank == 0:
             site.tell(stage.name, place, len(work), {})
-    records = {name: record for part in site.gather(mine) for name, record in part.items()}
+    found = site.gather((mine, stopped))
+    # Together: a worker that is through with its parts would wait here for one that left alone.
+    if site.agree(any(left for _, left in found)):
+        raise StoppedError(f"stopped in {stage.name}, whose finished parts are kept")
+    records = {name: record for part, _ in found for name, record in part.items()}
     for file in directory.iterdir():
         file.unlink()  # the parts are in their place
     if site.rank != 0:

@@ -13,13 +13,12 @@ import os
 import re
 import shlex
 import shutil
-import signal
 import socket
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -68,7 +67,7 @@ def submit(
         if not dry_run:
             cleanup.callback(shutil.rmtree, package)
         entrypoint = shlex.join(["python", "-m", "orchestration", *pack(arguments, package)])
-        refuse_secrets([entrypoint, *variables.values()], os.environ)
+        refuse_secrets([entrypoint, *arguments, *variables.values()], os.environ)  # quoting may hide a value
         environment: dict[str, Any] = {"working_dir": str(package)}
         if variables:
             environment["env_vars"] = variables
@@ -100,10 +99,11 @@ def passed(environ: Mapping[str, str]) -> dict[str, str]:
     names = [*PASSED, *(name for name in sorted(environ) if name.startswith(NETWORK))]
     found = {name: environ[name] for name in names if environ.get(name)}
     for name, value in found.items():
-        if urlsplit(value).password:
+        parts = urlsplit(value)
+        if parts.password or (parts.username and parts.scheme.startswith("http")):  # a token may stand for a user
             raise ValueError(
-                f"{name} must hold no password in a job, got one, which Ray would show to everybody; leave it to the "
-                "nodes' own environment (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_*)"
+                f"{name} must hold no password or token in a job, got one, which Ray would show to everybody; leave it "
+                "to the nodes' own environment (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_*)"
             )
     workspace = found.get("MIXFLOW_WORKSPACE", "s3://")
     if not workspace.startswith(("s3://", "/", "file:")):
@@ -286,52 +286,51 @@ def follow(client: Any, job: str, log: Log) -> Any:
         OSError: the job server has not answered for a minute; the job goes on without us.
         KeyboardInterrupt: at the second Ctrl-C.
     """
-    stopping, answered = False, time.monotonic()
-    with _terminated_like_interrupted():
-        while True:
-            try:
-                asyncio.run(_tail(client, job, log))
-                info = client.get_job_info(job)
-                answered = time.monotonic()
-                if info.status in ENDED:
-                    return info
-                time.sleep(0.5)
-            except KeyboardInterrupt:
-                if stopping:
-                    raise
-                stopping = True
-                _say("stopping the job, so that it leaves a checkpoint; once more to leave it to Ray")
+    to_stop = stopping = False
+    answered = time.monotonic()
+
+    def hear(text: str, start: int) -> None:
+        nonlocal answered
+        log.take(text, start)
+        answered = time.monotonic()
+
+    while True:
+        try:
+            if to_stop and not stopping:
                 client.stop_job(job)
-            except Exception as error:  # of requests, aiohttp and Ray: the head, or the way to it
-                if time.monotonic() - answered > PATIENCE_S:
-                    raise OSError(
-                        f"the job server has not answered for {PATIENCE_S:g} s ({' '.join(str(error).split())}); "
-                        f"`ray job logs {job}` follows the job where it goes on; else the same command does"
-                    ) from error
-                time.sleep(1)
+                stopping = True
+            asyncio.run(_tail(client, job, hear))
+            info = client.get_job_info(job)
+            answered = time.monotonic()
+            if info.status in ENDED:
+                return info
+            time.sleep(0.5)
+        except KeyboardInterrupt:
+            if to_stop:
+                raise
+            to_stop = True
+            _say(
+                "stopping the job, so that it leaves a checkpoint, for which Ray gives it the head's "
+                "RAY_JOB_STOP_WAIT_TIME_S (3 s where it is not set); once more to leave it to Ray"
+            )
+        except Exception as error:  # of requests, aiohttp and Ray: the head, or the way to it
+            if time.monotonic() - answered > PATIENCE_S:
+                raise OSError(
+                    f"the job server has not answered for {PATIENCE_S:g} s ({' '.join(str(error).split())}); "
+                    f"`ray job logs {job}` follows the job where it goes on; else the same command does"
+                ) from error
+            time.sleep(1)
 
 
-async def _tail(client: Any, job: str, log: Log) -> None:
+async def _tail(client: Any, job: str, hear: Callable[[str, int], None]) -> None:
     """Takes the log from its beginning until it ends, or is silent for so long that the way to it may be dead."""
     start, texts = 0, client.tail_job_logs(job)
     async with contextlib.aclosing(texts):
         with contextlib.suppress(StopAsyncIteration, TimeoutError):
             while True:
                 text = await asyncio.wait_for(anext(texts), PATIENCE_S)
-                log.take(text, start)
+                hear(text, start)
                 start += len(text)
-
-
-@contextlib.contextmanager
-def _terminated_like_interrupted() -> Iterator[None]:
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _say(text: str) -> None:

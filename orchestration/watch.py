@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -47,14 +48,15 @@ def watching(reporter: Any, cluster: Cluster, say: Callable[[str], None]) -> Ite
     def look() -> None:
         silence, told = 0.0, False
         while not done.wait(LOOK_EVERY_S):
-            if asked.is_set() and not told:
-                told = True
-                say(STOPPING)
-                reporter.end.remote()
+            if asked.is_set():
+                reporter.end.remote()  # again and again: a Reporter that was started again knows nothing of it
+                if not told:
+                    told = True
+                    say(STOPPING)
             pulses = _pulses(reporter)
             silence = 0.0 if pulses or pulses is None else silence + LOOK_EVERY_S
-            if silence == PATIENCE_S and (room := room_for(cluster)) < cluster.least_workers:
-                say(f"warning: waiting for {cluster.least_workers} workers; the cluster has room for {room}")
+            if silence == PATIENCE_S and (room := _room(cluster)) < cluster.least_workers:
+                say(f"warning: waiting for {cluster.least_workers} workers; the cluster has room for {room:g}")
             leaving = _draining_nodes() if pulses else {}
             for group in {pulse.group for pulse in pulses or [] if pulse.node in leaving}:
                 reporter.stop.remote(group)
@@ -74,6 +76,16 @@ def watching(reporter: Any, cluster: Cluster, say: Callable[[str], None]) -> Ite
         thread.join(timeout=NODE_ANSWERS_S)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _room(cluster: Cluster) -> float:
+    """Workers that the cluster has room for; of a head that does not answer nothing can be said."""
+    import ray
+
+    try:
+        return room_for(cluster)
+    except ray.exceptions.RayError:
+        return math.inf
 
 
 def _pulses(reporter: Any) -> list[Pulse] | None:

@@ -52,10 +52,12 @@ def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from orchestration.experiment import Experiment
+    from orchestration.retry import PermanentError
     from orchestration.site import Site
     from orchestration.stages import run_stages
     from orchestration.storage import open_storage
     from orchestration.workflow import Workspace
+    from workers.disk import NoRoomError
     from workers.train import NonFiniteLossError
 
     experiment = Experiment.model_validate_json(config["experiment"])
@@ -96,7 +98,7 @@ def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
         return {"error": str(error)}
     except StoppedError as error:
         return {"stopped": str(error)}
-    except ValueError as error:
+    except (ValueError, NoRoomError, PermanentError) as error:
         # Of one rank alone, while others wait for it: Ray has to end them, and the next start ends the run.
         ray.get(reporter.refuse.remote(config["name"], " ".join(str(error).split())))
         raise

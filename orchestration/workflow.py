@@ -14,6 +14,7 @@ import os
 import socket
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -24,7 +25,7 @@ from typing import Any
 from mixflow_core.samplers import Sampler
 from orchestration.experiment import Experiment
 from orchestration.parts import Parts
-from orchestration.storage import Storage, open_storage
+from orchestration.storage import Storage, join, open_storage
 from workers.manifest import CorruptError, Manifest, canonical_hash
 
 log = logging.getLogger(__name__)
@@ -60,14 +61,14 @@ class Stage:
 class Artifact:
     """The result of a stage: a published directory."""
 
-    uri: str
+    storage: Storage
     path: str
     manifest: Manifest
 
     @property
     def full_uri(self) -> str:
         """URI of the directory."""
-        return f"{self.uri}/{self.path}".rstrip("/")
+        return join(self.storage.uri, self.path)
 
     @property
     def device_s(self) -> float:
@@ -85,7 +86,7 @@ class Artifact:
             CorruptError: the file is missing or not what the manifest says.
         """
         try:
-            content = open_storage(self.uri).read(f"{self.path}/{name}".lstrip("/"))
+            content = self.storage.read(join(self.path, name))
         except FileNotFoundError as error:
             raise CorruptError(self.full_uri, name, "is missing") from error
         if hashlib.sha256(content).hexdigest() != self.manifest.files[name].sha256:
@@ -94,7 +95,7 @@ class Artifact:
 
     def fetch(self, cache: Path) -> Path:
         """A verified local copy (the directory itself where it is local)."""
-        return open_storage(self.uri).fetch(self.path, cache / self.manifest.digest[:16])
+        return self.storage.fetch(self.path, cache / self.manifest.digest[:16])
 
 
 class HeldError(ValueError):
@@ -297,15 +298,15 @@ class Workspace:
         if name not in self._found:
             shards = self.experiment.data.shards
             if name == "data" and shards:
-                uri, path = shards, ""
-            elif self.identity(name) is None:
+                storage, path = open_storage(shards), ""
+            elif (identity := self.identity(name)) is None:
                 return None
             else:
-                uri, path = self.storage.uri, self.path(name)
-            manifest = open_storage(uri).manifest(path)
+                storage, path = self.storage, f"{self.stages[name].kind}/{identity}"
+            manifest = storage.manifest(path)
             if manifest is None:
                 return None
-            self._found[name] = Artifact(uri, path, manifest)
+            self._found[name] = Artifact(storage, path, manifest)
         return self._found[name]
 
     def result(self, name: str) -> Artifact:
@@ -355,7 +356,7 @@ class Workspace:
             if found is None:
                 raise
             manifest = found
-        self._found[name] = Artifact(self.storage.uri, path, manifest)
+        self._found[name] = Artifact(self.storage, path, manifest)
         return self._found[name]
 
     def forget(self, name: str) -> None:
@@ -372,46 +373,55 @@ class Workspace:
         path, what = f"{self.home}/lease.json", f"experiment {self.experiment.name}"
         if stage is not None:
             path, what = f"leases/{self.path(stage).replace('/', '-')}.json", f"stage {stage}"
-        with hold(self.storage, path, what):
+        with hold(self.storage, path, what, wait=stage is None):
             yield
 
 
 @contextmanager
-def hold(storage: Storage, path: str, what: str) -> Iterator[None]:
+def hold(storage: Storage, path: str, what: str, wait: bool = False) -> Iterator[None]:
     """Holds a lease. One whose holder is gone is taken over.
 
     Args:
         storage: of the workspace.
         path: of the lease.
         what: it is for, in an error message.
+        wait: for a sign of life of a holder on another machine: its lease is renewed, or runs out.
 
     Raises:
         HeldError: another process is at it.
     """
-    stop = threading.Event()
-    while not storage.put_new(path, _lease()):
-        try:
-            holder = json.loads(storage.read(path))
-        except FileNotFoundError:  # given back just now
+    stop, token, first = threading.Event(), uuid.uuid4().hex, None
+    while not storage.put_new(path, _lease(token)):
+        holder = _holder(storage, path)
+        if holder is None:  # given back just now
             continue
-        except ValueError:
-            log.warning("%s/%s is unreadable and taken for nobody's", storage.uri, path)
-            holder = {"time": 0.0}
         if _is_alive(holder):
+            if wait and holder["host"] != socket.gethostname() and holder == (first or holder):
+                if first is None:
+                    log.warning("looking whether process %s on %s, which holds %s, lives", *_who(holder), what)
+                first = holder
+                time.sleep(1)
+                continue
+            pid, host = _who(holder)
             raise HeldError(
-                f"{what} must have one runner, but process {holder['pid']} on "
-                f"{holder['host']} is at it; wait for it or stop it"
+                f"{what} must have one runner, but process {pid} on {host} is at it; wait for it or stop it"
             )
         # Of two that find a dead holder, the second to delete may take the first one's lease away; the conditional
         # puts of the results keep even that harmless.
         storage.delete(path)
 
+    def is_ours() -> bool:
+        return (_holder(storage, path) or {}).get("token") == token
+
     def refresh() -> None:
         while not stop.wait(LEASE_S / 4):
             try:
-                storage.put(path, _lease())
-            except OSError as error:  # the next turn tries again before the lease runs out
-                log.warning("the lease was not refreshed: %s", error)
+                if not is_ours():
+                    log.warning("the lease of %s is another's, who took this process for dead", what)
+                    return
+                storage.put(path, _lease(token))
+            except OSError as error:  # a storage that is away for longer than the lease lets another take it
+                log.warning("the lease of %s was not refreshed: %s", what, error)
 
     thread = threading.Thread(target=refresh, daemon=True, name="lease")
     thread.start()
@@ -420,7 +430,8 @@ def hold(storage: Storage, path: str, what: str) -> Iterator[None]:
     finally:
         stop.set()
         thread.join()
-        storage.delete(path)
+        if is_ours():
+            storage.delete(path)
 
 
 @lru_cache
@@ -433,8 +444,26 @@ def code_version() -> str:
     return digest.hexdigest()[:12]
 
 
-def _lease() -> bytes:
-    return json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time()}).encode()
+def _lease(token: str) -> bytes:
+    """Whose it is: a machine and a process for people, the token for its holder, who may have been taken for dead."""
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "token": token}
+    return json.dumps(holder).encode()
+
+
+def _holder(storage: Storage, path: str) -> dict[str, Any] | None:
+    """What a lease says; None where there is none."""
+    try:
+        found: dict[str, Any] = json.loads(storage.read(path))
+        return found
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        log.warning("%s/%s is unreadable and taken for nobody's", storage.uri, path)
+        return {"time": 0.0}
+
+
+def _who(holder: Mapping[str, Any]) -> tuple[int, str]:
+    return holder["pid"], holder["host"]
 
 
 def _is_alive(holder: Mapping[str, Any]) -> bool:

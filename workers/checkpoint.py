@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from workers.disk import NoRoomError, room_for
-from workers.manifest import CorruptError, FileEntry, Manifest, canonical_hash
+from workers.manifest import MANIFEST, CorruptError, FileEntry, Manifest, canonical_hash
 
 log = logging.getLogger(__name__)
 
@@ -191,13 +191,19 @@ class CheckpointStore:
         return f"{self.path}/{complete[-1]}" if complete else None
 
     def restore(self) -> TrainState | None:
-        """The newest checkpoint that is complete and unaltered; None where there is none.
+        """The newest checkpoint that is complete and unaltered; None where there is no complete one.
 
-        Every one that is torn or altered is set aside and named in the log.
+        Every one that is torn, or is altered while an older one is not, is set aside and named in the log.
+
+        Raises:
+            OSError: there are complete ones, and each reads as altered: this machine may be at fault, and training
+                must not begin anew for that.
         """
-        for left in Path(tempfile.gettempdir()).glob(f"{self._scratch}*"):  # by a writer that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        self.files.discard_unfinished(self.path)
+        try:
+            self.files.discard_unfinished(self.path)
+        except OSError as error:  # perhaps the credentials do not cover it
+            log.warning("what was not finished below %s may go on taking room: %s", self.path, error)
+        altered: list[tuple[str, CorruptError]] = []
         for name in reversed(self.names()):
             path = f"{self.path}/{name}"
             if "set-aside.json" in {p.rsplit("/", 1)[1] for p in self.files.list(path)}:
@@ -207,10 +213,24 @@ class CheckpointStore:
                 continue
             with tempfile.TemporaryDirectory(prefix="mixflow-restore-") as scratch:
                 try:
-                    return TrainState.read(self.files.fetch(path, Path(scratch)))
+                    state = TrainState.read(self.files.fetch(path, Path(scratch, "checkpoint")))
                 except CorruptError as error:
-                    self._set_aside(path, str(error))
+                    altered.append((path, error))
+                    continue
+            for bad, reason in altered:
+                self._set_aside(bad, str(reason))
+            return state
+        if altered:
+            raise OSError(
+                f"every checkpoint in {self.files.uri}/{self.path} reads as altered on this machine, the newest: "
+                f"{altered[0][1].file} {altered[0][1].problem}; try another machine, or remove them to begin anew"
+            )
         return None
+
+    def discard_scratch(self) -> None:
+        """Removes what a writer on this machine that was killed left of files on their way."""
+        for left in Path(tempfile.gettempdir()).glob(f"{self._scratch}*"):
+            shutil.rmtree(left, ignore_errors=True)
 
     def save(self, state: TrainState, score: float | None, writers: Writers | None = None) -> None:
         """Writes a snapshot in the background; blocks only while an earlier one is still being written.
@@ -281,7 +301,16 @@ class CheckpointStore:
         for name in list(complete)[: -self.keep]:
             if name != best:
                 self.files.delete(f"{self.path}/{name}")
+        newest = max(map(_step_of, complete))
+        for name, manifest in found:  # what was torn by a kill: no manifest at all, and nobody writes older steps now
+            path = f"{self.path}/{name}"
+            if not manifest and _step_of(name) < newest and f"{path}/{MANIFEST}" not in self.files.list(path):
+                self.files.delete(path)
 
     def _set_aside(self, path: str, reason: str) -> None:
         log.warning("checkpoint %s is set aside: %s", path, reason)
         self.files.set_aside(path, reason)
+
+
+def _step_of(name: str) -> int:
+    return int(name.split("-")[1])

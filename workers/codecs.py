@@ -88,6 +88,8 @@ class CodecConfig:
             raise ValueError(f"channels must be 3 for the codec {self.kind}, got {self.channels}")
         if self.kind == "rae" and self.image_size % _RAE_PATCH:
             raise ValueError(f"image_size must be a multiple of {_RAE_PATCH} for rae, got {self.image_size}")
+        if self.kind == "identity" and self.rounding != "round":
+            raise ValueError(f"rounding must be round for the codec identity, got {self.rounding}; leave it out")
         for name in ("weights", "decoder", "statistics"):
             self._check_source(name, "sha256" if name == "weights" else f"{name}_sha256")
         if self.kind == "vae" and not 0 < self.scale < float("inf"):

@@ -38,7 +38,7 @@ class RunIO(Protocol):
         """Waits until what was saved is kept."""
 
     def stopping(self) -> bool:
-        """Whether this worker was asked to stop; asked once a step, so that it also tells that the loop lives."""
+        """Whether this worker was asked to stop; asked once a step."""
 
     @property
     def last_checkpoint(self) -> str:

@@ -281,7 +281,9 @@ def open_shards(directory: Path, manifest: Manifest, cache: Path) -> dict[Split,
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not _is_complete(home):
             shutil.rmtree(home, ignore_errors=True)
-            scratch = Path(tempfile.mkdtemp(dir=cache, prefix=".unpacking-"))
+            for left in cache.glob(f".unpacking-{home.name}-*"):  # by a process that was killed
+                shutil.rmtree(left, ignore_errors=True)
+            scratch = Path(tempfile.mkdtemp(dir=cache, prefix=f".unpacking-{home.name}-"))
             for split in SPLITS:
                 _unpack(directory, split, scratch)
             _unpack_captions(directory, scratch)

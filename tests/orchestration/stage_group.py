@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -16,6 +18,7 @@ from orchestration.storage import open_storage
 from orchestration.trials import trial_experiment
 from orchestration.workflow import Workspace
 from workers import sample
+from workers.io import StoppedError
 
 SMALL = (
     "base.train.steps=20",
@@ -62,6 +65,34 @@ def run_rank(rank: int, world_size: int, directory: Path, kinds: Sequence[str], 
     run_stages(site, [stage for stage in workspace.stages.values() if stage.kind in kinds])
     if world_size > 1:
         dist.destroy_process_group()
+
+
+def run_stopped(directory: Path) -> None:
+    """Samples on two processes, of which the first is asked to stop before its last part; `stopped-<rank>` says why."""
+    (directory / "group").unlink(missing_ok=True)
+    mp.spawn(stopped_rank, (directory,), nprocs=2)
+
+
+def stopped_rank(rank: int, directory: Path) -> None:
+    """One process's part."""
+    torch.set_num_threads(1)
+    sample.PART_IMAGES = 60
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{directory}/group",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=60),
+    )
+    workspace = Workspace(load("quickstart", SMALL), open_storage(str(directory / "ws")))
+    asked = itertools.count()
+    site = Site(workspace, rank, 2, torch.device("cpu"), directory / "cache", lambda *told: None)
+    site.stopping = lambda: rank == 0 and next(asked) == 5  # once before the stage, then before each of its five parts
+    try:
+        run_stages(site, [workspace.stages["samples/none/0"]])
+    except StoppedError as error:
+        (directory / f"stopped-{rank}").write_text(str(error))
+    dist.destroy_process_group()
 
 
 def run_trial(world_size: int, workspace: Path, params: dict[str, object], overrides: Sequence[str]) -> None:

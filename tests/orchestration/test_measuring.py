@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from stage_group import SMALL, run_group
+from stage_group import SMALL, run_group, run_stopped
 
 from orchestration import measuring, stages
 from orchestration.cli import _checkpoint, main
@@ -158,6 +158,18 @@ def test_what_a_killed_run_had_finished_is_kept(trained, alone, tmp_path, monkey
         run_group(1, directory, ("samples",))
     assert {path: path.stat().st_ino for path in kept} == written
     assert f"{spoilt.name} of samples/none/0 is sampled again: its content is not what its record says" in caplog.text
+    assert digests(directory, "samples") == digests(alone, "samples")
+
+
+def test_a_worker_that_is_to_stop_takes_along_those_that_are_through_with_their_parts(trained, alone, tmp_path):
+    directory = copy_of(trained, tmp_path / "stopped")
+    run_stopped(directory)
+    for rank in (0, 1):
+        why = (directory / f"stopped-{rank}").read_text()
+        assert why == "stopped in samples/none/0, whose finished parts are kept"
+    (home,) = (directory / "ws" / "samples").iterdir()
+    assert len(list(home.glob("*.parquet"))) == 8
+    run_group(1, directory, ("samples",))
     assert digests(directory, "samples") == digests(alone, "samples")
 
 

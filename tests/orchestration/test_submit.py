@@ -6,8 +6,9 @@ import shlex
 import signal
 import stat
 import subprocess
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from clusters import Run, ray_head, ray_node, small
@@ -70,8 +71,18 @@ def test_an_experiment_from_elsewhere_comes_to_the_top(directory: Path) -> None:
             "MLFLOW_TRACKING_URI must hold no pass",
         ),
         (
+            ["plan", "quickstart"],
+            {"MLFLOW_TRACKING_URI": f"https://{PLANTED}@h"},
+            "MLFLOW_TRACKING_URI must hold no password or token",
+        ),
+        (
             ["run", "quickstart", "--set", f"name={PLANTED}"],
             {"AWS_SECRET_ACCESS_KEY": PLANTED},
+            "the value of AWS_SECRET",
+        ),
+        (
+            ["run", "quickstart", "--set", f"name='{PLANTED} it'"],
+            {"AWS_SECRET_ACCESS_KEY": f"'{PLANTED} it'"},
             "the value of AWS_SECRET",
         ),
         (["plan", "quickstart", "--address", "x"], {}, "--address must be Ray's job server"),
@@ -94,6 +105,56 @@ def test_wrong_input_is_one_line(
     assert says in err
     assert err.count("\n") == 1
     assert PLANTED not in err
+
+
+class Server:
+    """A job server as `follow` sees it: what `steps` says happens at each look at the log, in turn."""
+
+    def __init__(self, *steps: object) -> None:
+        self.steps, self.stops = list(steps), 0
+
+    async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
+        step = self.steps.pop(0)
+        if isinstance(step, BaseException):
+            raise step
+        yield str(step)
+        if self.steps and isinstance(self.steps[0], BaseException):
+            raise self.steps.pop(0)
+
+    def get_job_info(self, job: str) -> SimpleNamespace:
+        return SimpleNamespace(status="RUNNING" if self.steps else "SUCCEEDED")
+
+    def stop_job(self, job: str) -> None:
+        self.stops += 1
+        if self.stops == 1:
+            raise ConnectionError("the head is busy")
+
+
+def test_a_broken_connection_after_hours_of_log_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only silence counts, not the time since the job began; here an hour passes while the first text is read."""
+    now = [0.0]
+    monkeypatch.setattr(submit.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
+    server = Server("begun\n", RuntimeError("code 1006"), "begun\ngoes on\n")
+    heard = []
+
+    class Hours(submit.Log):
+        def take(self, text: str, start: int) -> None:
+            heard.append(text)
+            now[0] += 3600
+
+    assert submit.follow(server, "job", Hours(False)).status == "SUCCEEDED"
+    assert heard == ["begun\n", "begun\ngoes on\n"]
+
+
+def test_a_stop_that_the_server_does_not_take_is_sent_again(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
+    server = Server("begun\n", KeyboardInterrupt(), "ended\n")
+    assert submit.follow(server, "job", submit.Log(False)).status == "SUCCEEDED"
+    assert server.stops == 2
+    assert "RAY_JOB_STOP_WAIT_TIME_S" in capsys.readouterr().err
 
 
 def test_a_package_that_is_too_large_is_refused(

@@ -343,16 +343,44 @@ def test_a_dead_runner_is_taken_over(storage):
         assert json.loads(storage.read(lease_of(workspace)))["pid"] == os.getpid()
 
 
-def test_another_host_is_believed_for_the_time_of_a_lease(storage):
+def test_another_host_that_renews_its_lease_keeps_others_away(storage):
     workspace = workspace_of(storage)
     # Containers number their processes alike: the same number elsewhere is somebody else.
     for pid in (1, os.getpid(), dead_pid()):
         hold(workspace, host="elsewhere", pid=pid)
+        renewing = threading.Timer(0.5, hold, (workspace,), {"host": "elsewhere", "pid": pid})
+        renewing.start()
         with pytest.raises(ValueError, match=f"process {pid} on elsewhere is at it"), workspace.lease():
             pass
+        renewing.join()
     hold(workspace, host="elsewhere", time=time.time() - LEASE_S - 1)
     with workspace.lease():
         assert json.loads(storage.read(lease_of(workspace)))["host"] == socket.gethostname()
+
+
+def test_the_same_command_after_its_head_was_lost_waits_until_the_lease_has_run_out(storage, monkeypatch):
+    monkeypatch.setattr(workflow, "LEASE_S", 2.0)
+    workspace = workspace_of(storage)
+    hold(workspace, host="lost")
+    begun = time.monotonic()
+    with workspace.lease():
+        assert json.loads(storage.read(lease_of(workspace)))["host"] == socket.gethostname()
+        assert time.monotonic() - begun > 1
+    hold(workspace, host="lost")
+    with pytest.raises(ValueError, match="process 1 on lost"), workflow.hold(storage, lease_of(workspace), "a stage"):
+        pass  # of a stage the others ask again by themselves
+
+
+def test_who_was_taken_for_dead_leaves_the_lease_of_the_other(storage, monkeypatch, caplog):
+    monkeypatch.setattr(workflow, "LEASE_S", 0.2)
+    workspace = workspace_of(storage)
+    with workspace.lease():
+        hold(workspace, host="elsewhere", pid=7, token="another")
+        waited = time.monotonic() + 30
+        while "is another's" not in caplog.text:
+            assert time.monotonic() < waited
+            time.sleep(0.02)
+    assert json.loads(storage.read(lease_of(workspace)))["pid"] == 7
 
 
 def test_a_container_that_was_started_again_takes_its_own_lease_over(storage):

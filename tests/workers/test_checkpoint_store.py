@@ -10,9 +10,10 @@ import pytest
 import torch
 from worker_toys import differences, local_io, pixels, run_config
 
+from orchestration.local_storage import LocalStorage
 from orchestration.storage import open_storage
 from workers.checkpoint import CheckpointStore, TrainState
-from workers.manifest import Manifest
+from workers.manifest import CorruptError, Manifest
 from workers.train import post_train
 
 
@@ -74,14 +75,49 @@ def test_a_spoilt_checkpoint_is_set_aside_and_the_one_before_is_restored(tmp_pat
     assert not caplog.records, "set aside once, not again"
 
 
-def test_nothing_is_restored_where_all_are_spoilt_or_none_is_there(tmp_path):
+def test_nothing_is_restored_where_none_is_there_or_all_are_torn(tmp_path):
     assert store_in(tmp_path / "empty").restore() is None
     assert store_in(tmp_path / "empty").newest() is None
     saved(tmp_path, [10, 20])
     for step in (10, 20):
-        alter(at_step(tmp_path, step) / "model.safetensors")
+        (at_step(tmp_path, step) / "manifest.json").unlink()
     assert store_in(tmp_path).restore() is None
     assert store_in(tmp_path).newest() is None
+
+
+def test_a_machine_that_reads_every_checkpoint_as_altered_loses_none(tmp_path, monkeypatch):
+    """With broken memory or a proxy that alters what passes, training must not begin anew."""
+    saved(tmp_path, [10, 20])
+
+    def altering(self, path, into):
+        raise CorruptError(path, "model.safetensors", "has another SHA-256 than its manifest says")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(LocalStorage, "fetch", altering)
+        with pytest.raises(OSError, match=r"every checkpoint in .*/runs/r1 reads as altered on this machine"):
+            store_in(tmp_path).restore()
+    assert differences(store_in(tmp_path).restore(), state_at(20)) == []
+
+
+def test_what_a_kill_tore_is_removed_once_a_later_step_is_kept(tmp_path):
+    saved(tmp_path, [10, 20])
+    (at_step(tmp_path, 20) / "manifest.json").unlink()
+    store = store_in(tmp_path)
+    assert store.restore().step == 10
+    store.save(state_at(30), 1.0)
+    store.wait()
+    assert [int(path.name.split("-")[1]) for path in sorted((tmp_path / "runs/r1").iterdir())] == [10, 30]
+
+
+def test_a_store_that_lists_no_uploads_is_no_obstacle(tmp_path, monkeypatch, caplog):
+    saved(tmp_path, [10])
+
+    def refused(self, prefix, older_s=0):
+        raise PermissionError("AccessDenied")
+
+    monkeypatch.setattr(LocalStorage, "discard_unfinished", refused)
+    assert differences(store_in(tmp_path).restore(), state_at(10)) == []
+    assert "AccessDenied" in caplog.text
 
 
 def test_a_second_attempt_at_a_torn_step_has_its_own_directory(tmp_path):
