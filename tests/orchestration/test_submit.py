@@ -1,5 +1,6 @@
 """`mixflow submit`: what is packaged and told, and what becomes of the job on a real Ray head with a token."""
 
+import asyncio
 import json
 import os
 import shlex
@@ -115,10 +116,11 @@ class Server:
 
     async def tail_job_logs(self, job: str) -> AsyncIterator[str]:
         step = self.steps.pop(0)
-        if isinstance(step, BaseException):
-            raise step
         yield str(step)
-        if self.steps and isinstance(self.steps[0], BaseException):
+        if self.steps and self.steps[0] is signal.SIGINT:
+            signal.raise_signal(self.steps.pop(0))
+            await asyncio.sleep(60)  # asyncio cancels this
+        if self.steps and isinstance(self.steps[0], Exception):
             raise self.steps.pop(0)
 
     def get_job_info(self, job: str) -> SimpleNamespace:
@@ -133,8 +135,7 @@ class Server:
 def test_a_broken_connection_after_hours_of_log_is_made_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """Only silence counts, not the time since the job began; here an hour passes while the first text is read."""
     now = [0.0]
-    monkeypatch.setattr(submit.time, "monotonic", lambda: now[0])
-    monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(submit, "time", SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: None))
     server = Server("begun\n", RuntimeError("code 1006"), "begun\ngoes on\n")
     heard = []
 
@@ -150,8 +151,8 @@ def test_a_broken_connection_after_hours_of_log_is_made_anew(monkeypatch: pytest
 def test_a_stop_that_the_server_does_not_take_is_sent_again(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(submit.time, "sleep", lambda seconds: None)
-    server = Server("begun\n", KeyboardInterrupt(), "ended\n")
+    monkeypatch.setattr(submit, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda seconds: None))
+    server = Server("begun\n", signal.SIGINT, "ended\n")
     assert submit.follow(server, "job", submit.Log(False)).status == "SUCCEEDED"
     assert server.stops == 2
     assert "RAY_JOB_STOP_WAIT_TIME_S" in capsys.readouterr().err
