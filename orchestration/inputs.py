@@ -198,11 +198,12 @@ def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> None:
             if found_dimension is None:
                 continue
             dimension = found_dimension
-        if evaluation.num_samples <= dimension:
-            raise ValueError(
-                f"evaluation.num_samples must be more than the {dimension} features of {config.kind}, or their "
-                f"covariance has no full rank, got {evaluation.num_samples}; raise it"
-            )
+        for setting, num_samples in _images_measured(experiment, config.kind).items():
+            if num_samples <= dimension:
+                raise ValueError(
+                    f"{setting} must be more than the {dimension} features of {config.kind}, or their covariance has "
+                    f"no full rank, got {num_samples}; raise it"
+                )
         images_there = split_images
         if known and config.kind != "inception":  # whose statistics are given
             images_there = known.num_images or 0
@@ -215,6 +216,14 @@ def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> None:
                 f"{images_there} images in {split or 'npz'}; {mend}"
             )
     _check_patches(experiment, known.num_images if known else split_images)
+
+
+def _images_measured(experiment: Experiment, kind: str) -> dict[str, int]:
+    """The numbers of images that an extractor sees, by setting: of every cell, and of a sweep's objective."""
+    found, sweep = {"evaluation.num_samples": experiment.evaluation.num_samples}, experiment.sweep
+    if sweep and sweep.num_samples and experiment.objective.partition("/")[0] in metric_names(kind).values():
+        found["sweep.num_samples"] = sweep.num_samples
+    return found
 
 
 def _check_patches(experiment: Experiment, reference_images: int | None) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-from orchestration.space import Tried
+from orchestration.space import Law, Tried, holds
 from orchestration.storage import Storage
 from orchestration.trials import CONTROLS, label_of
 
@@ -24,6 +25,7 @@ class Entry:
         state: `running` is also what a sweep that was killed leaves.
         reason: why it failed.
         diverged: whether it failed for numbers that were not finite, which trying again would not change.
+        refused: whether its parameters make no valid run, so that nothing of it was run.
         history: [step, objective], ascending.
     """
 
@@ -33,6 +35,7 @@ class Entry:
     state: State = "running"
     reason: str = ""
     diverged: bool = False
+    refused: bool = False
     history: list[list[float]] = field(default_factory=list)
 
     @property
@@ -43,7 +46,7 @@ class Entry:
     @property
     def is_open(self) -> bool:
         """Whether it is still to be run, or to be tried again."""
-        return self.state == "running" or (self.state == "failed" and not self.diverged)
+        return self.state == "running" or (self.state == "failed" and not (self.diverged or self.refused))
 
     @property
     def step(self) -> int:
@@ -100,6 +103,10 @@ class Ledger:
         """The others, by number."""
         return [entry for entry in self.entries.values() if not entry.is_control]
 
+    def within(self, laws: Mapping[str, Law]) -> list[Entry]:
+        """The trials that a space could have drawn: of a sweep that was extended, those of the present one."""
+        return [entry for entry in self.trials if holds(laws, entry.params)]
+
     @property
     def tried(self) -> list[Tried]:
         """What suggestions are made from."""
@@ -112,7 +119,12 @@ class Ledger:
 def _tried(entry: Entry) -> Tried:
     if entry.state == "pruned" and entry.objective is not None:
         return Tried(entry.number, entry.params, pruned=(entry.step, entry.objective))
-    return Tried(entry.number, entry.params, entry.objective if entry.state == "finished" else None)
+    return Tried(
+        entry.number,
+        entry.params,
+        entry.objective if entry.state == "finished" else None,
+        diverged=entry.state == "failed" and entry.diverged,
+    )
 
 
 def _bytes(entry: Entry) -> bytes:

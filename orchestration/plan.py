@@ -34,7 +34,7 @@ def make_plan(experiment: Experiment, place: Place) -> dict[str, Any]:
     to_train = sizes.trainings_of(workspace.stages[name] for name in to_do)
     images = sum(training.steps * training.global_batch_size for training in to_train)
     to_sample = [workspace.stages[name].settings for name in to_do if name.startswith("samples/")]
-    evaluations = sum(_evaluations(settings) for settings in to_sample)
+    evaluations = sum(evaluations_of(settings) for settings in to_sample)
     images_sampled = sum(len(settings["samplers"]) * settings["num_samples"] for settings in to_sample)
     captions = experiment.model.num_classes if is_captioned(experiment.model) else 0
     written = {
@@ -153,7 +153,7 @@ def plan_text(plan: Mapping[str, Any], mfu: float, peak_tflops: float | None) ->
     return "\n".join(lines)
 
 
-def _evaluations(settings: Mapping[str, Any]) -> int:
+def evaluations_of(settings: Mapping[str, Any]) -> int:
     """Network evaluations of all images in every cell of a sampling stage, guidance everywhere."""
     per_step = {"euler": 1, "heun": 2, "sde": 1, "sde_heun": 2, "dopri5": 100}
     steps = sum(

@@ -86,9 +86,16 @@ def load(name: str, overrides: Sequence[str] = (), spaces: Sequence[str] = ()) -
         key, equals, law = space.partition("=")
         if not equals or not key:
             raise ValueError(f"--space must be dotted.key=law(...), got {space!r}; such as mixture.gamma=uniform(0,1)")
-        if not (raw.get("sweep") or {}).get("space"):
-            put(raw, "sweep.space", {})
-        raw["sweep"]["space"][key] = law  # not a dotted place: the key is one word of the space
+        sweep = raw["sweep"] = raw.get("sweep") or {}
+        laws = sweep.setdefault("space", {}) if isinstance(sweep, dict) else None
+        if laws is None and isinstance(sweep, dict):
+            laws = sweep["space"] = {}
+        if not isinstance(laws, dict):
+            raise ValueError(
+                f"{name}: sweep and sweep.space must have settings by name where --space adds to them, got "
+                f"{raw['sweep']!r}; correct the file, or --set"
+            )
+        laws[key] = law  # not a dotted place: the key is one word of the space
     missing = to_be_given(raw)
     if missing:
         raise ValueError(

@@ -21,6 +21,7 @@ SECTIONS = ("mixture", "training", "corrective")
 SHARED = ("training.global_batch_size", "training.num_shards")  # they decide the order of the data and the noise
 STARTUP_TRIALS = 5  # that Optuna's sampler draws at random before it models anything
 MOST_CORNERS = 256
+WITHIN = (0.146, 0.382, 0.618, 0.854)  # of a range: where a whole number or a multiple is asked for, these are none
 
 Search = Literal["random", "grid", "optuna"]
 Params = Mapping[str, Any]
@@ -40,15 +41,10 @@ class Law:
     values: tuple[Any, ...]
 
     @property
-    def ends(self) -> tuple[Any, ...]:
-        """What must be valid for all of it to be: both ends of a range, every value of a list."""
-        return self.values
-
-    @property
-    def points(self) -> tuple[Any, ...] | None:
+    def points(self) -> Sequence[Any] | None:
         """All values, None of a continuous range."""
         if self.kind == "randint":
-            return tuple(range(self.values[0], self.values[1] + 1))
+            return range(self.values[0], self.values[1] + 1)
         return self.values if self.kind in LISTS else None
 
     def at(self, u: float) -> Any:
@@ -63,9 +59,10 @@ class Law:
 
     def holds(self, value: Any) -> bool:
         """Whether it could have drawn the value."""
-        points = self.points
-        if points is not None:
-            return any(value == point and type(value) is type(point) for point in points)
+        if self.kind in LISTS:
+            return any(value == point and type(value) is type(point) for point in self.values)
+        if self.kind == "randint" and type(value) is not int:
+            return False
         return isinstance(value, int | float) and bool(self.values[0] <= value <= self.values[1])
 
 
@@ -78,21 +75,31 @@ class Tried:
         params: by key.
         objective: once it has finished.
         pruned: where a scheduler stopped it, and its objective there.
+        diverged: whether its numbers were not finite.
     """
 
     number: int
     params: Params
     objective: float | None = None
     pruned: tuple[int, float] | None = None
+    diverged: bool = False
 
 
 def parse_space(space: Mapping[str, str]) -> dict[str, Law]:
-    """The laws of `dotted.key: law(...)`.
+    """The laws of `dotted.key: law(...)`; `mixflow_gamma` is another name of mixture.gamma.
 
     Raises:
         ValueError: one line naming the key, what is wrong with it and the mend.
     """
-    return {key: _parse(key, text) for key, text in space.items()}
+    alias, own = "mixflow_gamma", "mixture.gamma"
+    if alias in space and own in space:
+        raise ValueError(f"space must not have {alias} beside {own}, which it stands for; remove one")
+    return {(own if key == alias else key): _parse(own if key == alias else key, text) for key, text in space.items()}
+
+
+def holds(laws: Mapping[str, Law], params: Params) -> bool:
+    """Whether a space could have drawn these parameters."""
+    return set(params) == set(laws) and all(laws[key].holds(value) for key, value in params.items())
 
 
 def _parse(key: str, text: str) -> Law:
@@ -158,13 +165,18 @@ def grid_size(laws: Mapping[str, Law]) -> int:
     return math.prod(len(law.points or ()) for law in laws.values())
 
 
-def corners(laws: Mapping[str, Law]) -> list[dict[str, Any]]:
-    """All combinations of ends; of many keys, each end once with the first and the last ends of all others."""
-    ends = {key: law.ends for key, law in laws.items()}
-    if math.prod(map(len, ends.values())) <= MOST_CORNERS:
-        return [dict(zip(ends, values, strict=True)) for values in product(*ends.values())]
+def samples_of(laws: Mapping[str, Law]) -> list[dict[str, Any]]:
+    """Points that must be valid runs: all combinations of ends, and what lies within each range.
+
+    Of many keys, each end once with the first and the last ends of all others.
+    """
+    ends = {key: law.values for key, law in laws.items()}
     first, last = ({key: values[place] for key, values in ends.items()} for place in (0, -1))
-    return [{**others, key: value} for others in (first, last) for key, values in ends.items() for value in values]
+    if math.prod(map(len, ends.values())) <= MOST_CORNERS:
+        found = [dict(zip(ends, values, strict=True)) for values in product(*ends.values())]
+    else:
+        found = [{**others, key: value} for others in (first, last) for key, of in ends.items() for value in of]
+    return found + [{**first, key: law.at(u)} for key, law in laws.items() if law.kind in RANGES for u in WITHIN]
 
 
 def suggest(
@@ -201,14 +213,15 @@ def _ask_optuna(
     sampler = optuna.samplers.TPESampler(seed=own, n_startup_trials=STARTUP_TRIALS)
     study = optuna.create_study(direction="minimize" if lower_is_better else "maximize", sampler=sampler)
     for trial in sorted(tried, key=lambda trial: trial.number):
-        # Of a sweep that was extended, only what the present space could have drawn.
-        fits = set(trial.params) == set(laws) and all(laws[key].holds(v) for key, v in trial.params.items())
+        fits = holds(laws, trial.params)  # of a sweep that was extended
         about: dict[str, Any] = {"params": dict(trial.params), "distributions": distributions}
         if fits and trial.objective is not None:
             study.add_trial(optuna.trial.create_trial(**about, value=trial.objective))
         elif fits and trial.pruned:  # worse than all that went further: without it, the same would be asked for again
             state, (step, value) = optuna.trial.TrialState.PRUNED, trial.pruned
             study.add_trial(optuna.trial.create_trial(**about, state=state, intermediate_values={step: value}))
+        elif fits and trial.diverged:  # without a value the sampler takes it for worse than all others
+            study.add_trial(optuna.trial.create_trial(**about, state=optuna.trial.TrialState.PRUNED))
     return dict(study.ask(distributions).params)
 
 

@@ -7,6 +7,7 @@ of the others.
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import uuid
@@ -30,7 +31,7 @@ from orchestration.run import Place, delivered, join, open_reporter, run_experim
 from orchestration.space import suggest
 from orchestration.storage import open_storage
 from orchestration.sweep_report import SweepRecorder, SweepWorkspace, budget, conclude, history_of
-from orchestration.trials import CONTROLS, MATCHED, check_space, label_of, sweep_of, trial_experiment
+from orchestration.trials import CONTROLS, MATCHED, check_space, grace_of, label_of, sweep_of, trial_experiment
 from orchestration.watch import watching
 from orchestration.workflow import Stage, Workspace, trial_stage
 from workers.io import StoppedError
@@ -70,6 +71,7 @@ def run_sweep(experiment: Experiment, place: Place, *, resume: bool = False) -> 
     cluster.check_local_machine(experiment.cluster)
     with workspace.lease(), ExitStack() as cleanup:
         ledger = Ledger(place.storage, workspace.home)
+        _check_extension(experiment, ledger, f"{workspace.home}/{RECORD}")
         place.storage.put(f"{workspace.home}/{RECORD}", experiment.model_dump_json(indent=1).encode())
         is_open = _is_open(experiment, ledger)
         with closing(Progress([], 0)) as progress:
@@ -111,10 +113,27 @@ def _is_open(experiment: Experiment, ledger: Ledger) -> bool:
 def _next_params(experiment: Experiment, ledger: Ledger) -> dict[str, Any] | None:
     """Of the next new trial; None where there are as many as were asked for, or the grid has no more points."""
     sweep, seed = sweep_of(experiment), derived_seed(experiment.seed, "sweep", 0)
-    lower, number = _mode(experiment) == "min", len(ledger.trials)
-    if number >= (sweep.num_trials or math.inf) or (sweep.resolved_search != "grid" and number >= sweep.most_trials):
+    lower, there = _mode(experiment) == "min", len(ledger.within(sweep.laws))
+    if there >= (sweep.num_trials or math.inf) or (sweep.resolved_search != "grid" and there >= sweep.most_trials):
         return None
-    return suggest(sweep.laws, sweep.resolved_search, seed, number, ledger.tried, lower_is_better=lower)
+    return suggest(sweep.laws, sweep.resolved_search, seed, len(ledger.trials), ledger.tried, lower_is_better=lower)
+
+
+def _check_extension(experiment: Experiment, ledger: Ledger, record: str) -> None:
+    """A changed space that asks for no new trial would be taken for a search of it.
+
+    Raises:
+        ValueError: there are as many trials in the changed space as were asked for.
+    """
+    if not ledger.entries or _is_open(experiment, ledger):
+        return
+    before = (json.loads(ledger.storage.read(record)).get("sweep") or {}).get("space")
+    sweep = sweep_of(experiment)
+    if before != dict(sweep.space):
+        raise ValueError(
+            f"sweep.num_trials must be above the {len(ledger.within(sweep.laws))} trials that lie in the changed space "
+            f"already, got {sweep.most_trials}; raise it"
+        )
 
 
 def _shared(experiment: Experiment) -> Callable[[Stage], bool]:
@@ -161,7 +180,7 @@ def _run_trial(context: Mapping[str, str], label: str) -> None:
     entry = Ledger(storage, context["home"]).entries[label]
     workspace = Workspace(trial_experiment(experiment, label, entry.params), storage, label)
     stage = workspace.stages[f"trials/{label}"]
-    # Controls are told to Tune at their end alone, so that no scheduler can stop them.
+    # Controls tell Tune no objective: no scheduler can stop them, or hold their ends against trials on their way.
     callbacks = [] if entry.is_control else [TuneReportCallback()]
     there = workspace.artifact(stage.name) is not None
     try:
@@ -177,9 +196,10 @@ def _run_trial(context: Mapping[str, str], label: str) -> None:
         tune.report({"step": 0, "objective": math.nan, "reason": str(error), "diverged": diverged, "last": True})
         return
     history = history_of(workspace, label)
-    if (
-        there and not entry.is_control
-    ):  # finished by workers that outlived their driver: a scheduler has its say as well
+    if entry.is_control:
+        tune.report({"step": history[-1][0], "last": True})
+        return
+    if there:  # finished by workers that outlived their driver: a scheduler has its say as well
         for step, value in history[:-1]:
             tune.report({"step": step, "objective": value})
     tune.report({"step": history[-1][0], "objective": history[-1][1], "last": True})
@@ -207,8 +227,16 @@ class _Trials(Searcher):
         if self.open:
             label = self.open.pop(0)
             return self.ledger.entries.get(label) or self.ledger.born(-1, {}, label)
-        params = _next_params(self.experiment, self.ledger)
-        return None if params is None else self.ledger.born(len(self.ledger.trials), params)
+        while (params := _next_params(self.experiment, self.ledger)) is not None:
+            entry = self.ledger.born(len(self.ledger.trials), params)
+            try:
+                trial_experiment(self.experiment, entry.label, entry.params)
+            except ValueError as error:  # between points that were found valid
+                entry.refused = True
+                self.ledger.close(entry, "failed", str(error))
+            else:
+                return entry
+        return None
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         """The ledger hears of it from `_Accounts`."""
@@ -228,7 +256,7 @@ class _Accounts(tune.Callback):
 
     def on_trial_result(self, iteration: int, trials: Any, trial: Any, result: dict[str, Any], **info: Any) -> None:
         """A rung, or the end."""
-        if "reason" not in result and "stopped" not in result:
+        if "objective" in result and "reason" not in result and "stopped" not in result:
             self._entry(trial).saw(int(result["step"]), float(result["objective"]))
 
     def on_trial_complete(self, iteration: int, trials: Any, trial: Any, **info: Any) -> None:
@@ -264,7 +292,7 @@ def scheduler_of(experiment: Experiment, trials: Sequence[Entry], steps: int) ->
     sweep, mode = sweep_of(experiment), _mode(experiment)
     if sweep.scheduler == "fifo":
         return FIFOScheduler()
-    grace = sweep.grace_steps or sweep.evaluate_every or experiment.training.checkpoint_every
+    grace = grace_of(experiment)
     # Past the end, because a trial that has come to it is not to be stopped.
     asha = AsyncHyperBandScheduler(
         time_attr="step",

@@ -11,12 +11,13 @@ from orchestration.experiment import Experiment
 from orchestration.figures import sweep_plot
 from orchestration.ledger import Entry, Ledger
 from orchestration.page import number
-from orchestration.plan import PEAK_TFLOPS, costs
+from orchestration.plan import PEAK_TFLOPS, costs, evaluations_of
 from orchestration.recording import EXPERIMENT, Recorder, now_ms
 from orchestration.results import cell_file
 from orchestration.tracking import Metric
-from orchestration.trials import CONTROLS, SCHEDULING, sweep_identity, sweep_of, trial_experiment
-from orchestration.workflow import Workspace, code_version
+from orchestration.trials import CONTROLS, MATCHED, SCHEDULING, sweep_identity, sweep_of, trial_experiment
+from orchestration.workflow import Workspace, code_version, trial_stage
+from workers.cost import cost_of
 
 MFU = 0.4
 STATUS = {"finished": "FINISHED", "pruned": "KILLED", "failed": "FAILED"}  # of MLflow, by the state of a trial
@@ -41,20 +42,32 @@ def budget(experiment: Experiment, reached: Sequence[Experiment]) -> dict[str, A
     trials, most = sweep_of(experiment).most_trials, max(reached, key=lambda e: e.training.steps)
     plan, longest = costs(experiment), costs(most)
     steps = trials * most.training.steps + len(CONTROLS) * experiment.training.steps
-    flops = trials * longest["arm_flops"] + len(CONTROLS) * plan["arm_flops"]
+    training = trials * longest["arm_flops"] + len(CONTROLS) * plan["arm_flops"]
+    control = trial_experiment(experiment, MATCHED, {})
+    measuring = trials * _measuring_flops(most) + len(CONTROLS) * _measuring_flops(control)
+    flops = training + measuring
     hours = flops / (MFU * PEAK_TFLOPS[plan["precision"]] * 1e12) / 3600
     text = (
-        f"at most {trials} trials and {len(CONTROLS)} controls, {steps:,} steps, {flops:.3g} FLOPs: {hours:.3g} "
-        f"device-hours of training at {MFU:.0%} of an H100's peak in {plan['precision']}"
+        f"at most {trials} trials and {len(CONTROLS)} controls, {steps:,} steps, {flops:.3g} FLOPs, "
+        f"{measuring / flops:.0%} of them for the objective: {hours:.3g} device-hours at {MFU:.0%} of an H100's peak "
+        f"in {plan['precision']}"
     )
     return {
         "trials": trials,
         "controls": len(CONTROLS),
         "steps": steps,
         "flops": flops,
+        "measuring_flops": measuring,
         "device_hours": hours,
         "text": text,
     }
+
+
+def _measuring_flops(experiment: Experiment) -> float:
+    """Of a trial's objective, whose images are sampled anew at each of its measurements."""
+    stage = trial_stage(experiment, list(experiment.arms)[-1])
+    times = -(-experiment.training.steps // stage.settings["every"])
+    return float(times * evaluations_of(stage.settings["samples"]) * cost_of(experiment.model).forward_flops)
 
 
 def history_of(workspace: Workspace, label: str) -> list[list[float]]:
@@ -70,6 +83,7 @@ class SweepRecorder(Recorder):
     def __init__(self, workspace: SweepWorkspace, reporter: Any, *, is_actor: bool) -> None:
         super().__init__(workspace, [], reporter, is_actor=is_actor)
         self.begun: list[str] = []
+        self.ended: set[str] = set()
 
     def start(self) -> None:
         """Starts the parent run, or continues it."""
@@ -96,6 +110,8 @@ class SweepRecorder(Recorder):
         stage = self.workspace_of(entry).stages[f"trials/{entry.label}"]
         kind = "control" if entry.is_control else "trial"
         tags = {"mixflow.kind": kind, "mixflow.arm": entry.label, "mixflow.replicate": "0"}
+        workspace = self.workspace_of(entry)
+        tags["mixflow.checkpoints"] = f"{workspace.storage.uri}/{workspace.checkpoints(stage.name)}"
         params = {"arm": entry.label, **stage.settings["run"]}
         self.tell("start_run", stage.name, entry.label, params, tags, EXPERIMENT)
         self.begun.append(entry.label)
@@ -104,7 +120,7 @@ class SweepRecorder(Recorder):
         """Its curves, objective, samples, weights and end."""
         run, now = f"trials/{entry.label}", now_ms()
         self.tell("log", run, [Metric("objective", int(step), value, now) for step, value in entry.history])
-        tags = {"mixflow.state": entry.state, **({"mixflow.reason": entry.reason} if entry.reason else {})}
+        tags = {"mixflow.state": entry.state, "mixflow.reason": entry.reason}
         workspace = self.workspace_of(entry)
         artifact = workspace.artifact(run) if entry.state == "finished" else None
         if artifact:
@@ -121,16 +137,17 @@ class SweepRecorder(Recorder):
             self._log(run, {"cost/device_s/trials": artifact.device_s})
         self.tell("tags", run, {**tags, **self._lineage((workspace.experiment.base_stage(),))})
         self.tell("end_run", run, STATUS[entry.state])
+        self.ended.add(entry.label)
 
-    def found(self, values: Mapping[str, float]) -> None:
-        """What the parent run says: a sweep that is extended says it anew, at the number of its trials."""
-        at = int(sum(value for key, value in values.items() if key.startswith("trials/")))
+    def found(self, values: Mapping[str, float], at: int) -> None:
+        """What the parent run says: a sweep that goes on says it anew, `at` the steps of all its trials by then."""
         self.tell("log", EXPERIMENT, [Metric(key, at, value, now_ms()) for key, value in values.items()])
 
     def end(self, status: str) -> None:
         """Ends the parent run, and a trial's that has no end of its own."""
-        for label in self.begun if status != "FINISHED" else ():
-            self.tell("end_run", f"trials/{label}", status)
+        for label in self.begun:
+            if status != "FINISHED" and label not in self.ended:
+                self.tell("end_run", f"trials/{label}", status)
         self.tell("end_run", EXPERIMENT, status)
 
     def workspace_of(self, entry: Entry) -> Workspace:
@@ -148,15 +165,14 @@ def conclude(workspace: SweepWorkspace, ledger: Ledger, recorder: SweepRecorder)
     for name, content in files.items():
         workspace.storage.put(f"{workspace.home}/{name}", content)
     for entry in ledger.entries.values():
-        if (
-            entry.label not in recorder.begun
-        ):  # by an earlier run, perhaps one that was killed before MLflow heard of it
+        # Of an earlier run, perhaps one that was killed before MLflow heard of it.
+        if entry.label not in recorder.begun and not entry.refused:
             recorder.begin(entry)
             recorder.end_trial(entry)
     recorder.artifacts([f"{workspace.home}/{name}" for name in files])
     counts = {f"trials/{state}": float(sum(t["state"] == state for t in answer["trials"])) for state in STATUS}
     best = {"objective": answer["best"]["objective"]} if answer["best"] else {}
-    recorder.found({**counts, **best})
+    recorder.found({**counts, **best}, sum(entry.step for entry in ledger.entries.values()))
     recorder.end("FINISHED")
     return {**answer, "figure": f"{workspace.storage.uri}/{workspace.home}/sweep.png", "table": table_of(answer, keys)}
 
@@ -184,12 +200,14 @@ def summary_of(experiment: Experiment, ledger: Ledger) -> dict[str, Any]:
 
     lower = not higher_is_better(experiment.objective.partition("/")[0])
     trials = [row(entry) for entry in ledger.trials]
-    finished = [trial for trial in trials if trial["state"] == "finished"]
+    present = {entry.label for entry in ledger.within(sweep_of(experiment).laws)}  # of the space as it is now
+    finished = [trial for trial in trials if trial["state"] == "finished" and trial["label"] in present]
     best = min(finished, key=lambda t: t["objective"] if lower else -t["objective"], default=None)
     return {
         "objective": experiment.objective,
         "lower_is_better": lower,
-        "note": "differences are of one training seed and have no interval; the best of many is flattered",
+        "note": "differences are of one training seed and have no interval, and the controls have the file's own "
+        "settings where a trial has others; the best of many is flattered",
         "controls": [row(entry) for entry in ledger.controls],
         "trials": trials,
         "best": best,

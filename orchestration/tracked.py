@@ -154,13 +154,14 @@ class _Reader:
             )
         finished = "attributes.status = 'FINISHED' and tags.`mixflow.experiment` LIKE '%'"
         found = self._client.search_runs(
-            [experiment.experiment_id], finished, order_by=["attributes.end_time DESC"], max_results=1
+            [experiment.experiment_id], finished, order_by=["attributes.end_time DESC"], max_results=100
         )
         if not found:
             raise ValueError(
                 f"experiment {name!r} must have a finished run of mixflow, got none; wait for it or run it"
             )
-        return found[0]
+        # A part of the workflow, and a sweep, are runs too; they have no results that could be compared.
+        return next((run for run in found if self._has(run, RESULTS)), found[0])
 
     def _nearest(self, name: str) -> str:
         known = [experiment.name for experiment in self._client.search_experiments(max_results=1000)]

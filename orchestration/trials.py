@@ -10,7 +10,7 @@ from typing import Any
 from orchestration.experiment import Experiment
 from orchestration.recipe import put, validated
 from orchestration.sections import Sweep
-from orchestration.space import corners
+from orchestration.space import samples_of
 from workers.manifest import canonical_hash
 
 STANDARD, MATCHED = CONTROLS = ("standard", "matched")
@@ -47,17 +47,32 @@ def trial_experiment(experiment: Experiment, label: str, params: Mapping[str, An
 
 
 def check_space(experiment: Experiment) -> list[Experiment]:
-    """The experiments at the corners of the space, all valid; at least one.
+    """The experiments at the corners of the space and at points within it, all valid; at least one.
 
     Raises:
-        ValueError: the sweep has no space, a key does not exist, or a corner is no valid run.
+        ValueError: the sweep has no space, a key does not exist, one of the points is no valid run, or the scheduler
+            could never stop a trial.
     """
-    laws = sweep_of(experiment).laws
+    sweep = sweep_of(experiment)
+    laws = sweep.laws
     if not laws:
         raise ValueError("sweep.space must have a key, got none; add --space 'mixture.gamma=uniform(0.2,1.0)'")
     for control in CONTROLS:
         trial_experiment(experiment, control, {})
-    return [trial_experiment(experiment, label_of(n), corner) for n, corner in enumerate(corners(laws))]
+    found = [trial_experiment(experiment, label_of(n), point) for n, point in enumerate(samples_of(laws))]
+    steps = max(one.training.steps for one in found)
+    if sweep.scheduler == "asha" and (grace := grace_of(experiment)) >= steps:
+        raise ValueError(
+            f"sweep.grace_steps must lie below training.steps {steps} for asha, or it stops nothing, got {grace}; "
+            "lower it, or sweep.evaluate_every, which it is if not given"
+        )
+    return found
+
+
+def grace_of(experiment: Experiment) -> int:
+    """Steps that ASHA stops no trial before."""
+    sweep = sweep_of(experiment)
+    return sweep.grace_steps or sweep.evaluate_every or experiment.training.checkpoint_every
 
 
 def sweep_of(experiment: Experiment) -> Sweep:

@@ -115,7 +115,9 @@ def measure_slow_flow(
         `error_free`, each with what `_summary` says; `error_free` is a text that says why where it was left out.
     """
     present = np.unique(data.labels)  # a caption of the held-out images may have no training image
-    labels = torch.from_numpy(present)[torch.arange(num_samples) % len(present)]
+    numbers = torch.arange(num_samples)  # every class in turn, or of more classes than pairs some from all over
+    spread = num_samples < len(present)
+    labels = torch.from_numpy(present)[numbers * len(present) // num_samples if spread else numbers % len(present)]
     chosen = _same_class(data, labels, seed)
     probe = probe.to(device)
 

@@ -14,11 +14,13 @@ from orchestration.experiment import Experiment
 from orchestration.figures import sweep_plot
 from orchestration.ledger import Entry, Ledger
 from orchestration.recipe import load
+from orchestration.recording import EXPERIMENT
 from orchestration.sections import Cluster
 from orchestration.storage import Storage, open_storage
-from orchestration.sweep_report import budget, summary_of, table_of
+from orchestration.sweep_report import SweepRecorder, budget, summary_of, table_of
 from orchestration.tracking import Tracker
 from orchestration.trials import check_space
+from workers.cost import cost_of
 
 HOME = "sweeps/one"
 
@@ -116,6 +118,85 @@ def test_asha_has_heard_of_what_was_before_a_restart(storage, objective, sign):
     assert decision(sign * 5.0, 250) == "CONTINUE", "before the first rung"
 
 
+@pytest.mark.parametrize(("label", "told"), [("matched", [{}]), ("t000", [{"objective": 6.0}, {"objective": 5.0}])])
+def test_a_control_tells_no_scheduler_what_it_came_to(monkeypatch, label, told):
+    """Or its end would stand in the rungs against which trials on their way are held."""
+    reports: list[dict] = []
+    trial = SimpleNamespace(stages={f"trials/{label}": SimpleNamespace(name=f"trials/{label}")}, artifact=lambda _: 1)
+    ledger = SimpleNamespace(entries={label: Entry(label, -1 if label == "matched" else 0, {})})
+    monkeypatch.setattr(sweep, "Ledger", lambda *_: ledger)
+    monkeypatch.setattr(sweep, "trial_experiment", lambda *_: None)
+    monkeypatch.setattr(sweep, "Workspace", lambda *_: trial)
+    monkeypatch.setattr(sweep, "history_of", lambda *_: [[500, 6.0], [1000, 5.0]])
+    monkeypatch.setattr(sweep, "TuneReportCallback", object)
+    monkeypatch.setattr(sweep, "tune", SimpleNamespace(report=reports.append))
+    context = {"experiment": load("quickstart").model_dump_json(), "workspace": "/nowhere", "home": HOME}
+    sweep._run_trial(context, label)
+    assert [{k: v for k, v in report.items() if k == "objective"} for report in reports] == told
+    assert reports[-1]["step"] == 1000
+    assert reports[-1]["last"]
+
+
+def test_parameters_that_make_no_valid_run_are_an_entry_and_the_sweep_goes_on(storage, monkeypatch):
+    whole = sweep.trial_experiment
+
+    def choosy(experiment: Experiment, label: str, params: dict) -> Experiment:
+        if label == "t001":
+            raise ValueError("quickstart with mixture.gamma=0.5: refused")
+        return whole(experiment, label, params)
+
+    monkeypatch.setattr(sweep, "trial_experiment", choosy)
+    ledger = Ledger(storage, HOME)
+    experiment = swept("{space: {mixture.gamma: 'uniform(0,1)'}, num_trials: 3}")
+    assert drain(experiment, ledger) == ["standard", "matched", "t000", "t002"]
+    entry = Ledger(storage, HOME).entries["t001"]
+    assert (entry.state, entry.reason, entry.is_open) == ("failed", "quickstart with mixture.gamma=0.5: refused", False)
+
+
+@pytest.mark.parametrize(
+    ("space", "says"),
+    [
+        ("training.steps: 'uniform(500,1000)'", "training.steps"),
+        ("training.checkpoint_every: 'randint(100,500)'", "checkpoint_every must be a multiple of log_every"),
+    ],
+)
+def test_a_range_whose_ends_alone_are_valid_is_refused(space, says):
+    with pytest.raises(ValueError, match=says):
+        check_space(swept(f"{{space: {{{space}}}}}"))
+
+
+def test_a_scheduler_that_could_stop_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"sweep.grace_steps must lie below training.steps 1000 for asha.* got 1000"):
+        check_space(swept("{space: {mixture.gamma: 'uniform(0,1)'}, scheduler: asha, grace_steps: 1000}"))
+
+
+def test_a_sweep_of_other_keys_begins_anew_and_a_wider_space_wants_more_trials(storage):
+    section, ledger, record = "{space: {%s}, num_trials: %d}", Ledger(storage, HOME), f"{HOME}/experiment.json"
+    narrow = swept(section % ("mixture.gamma: 'uniform(0.2,0.4)'", 3))
+    storage.put(record, narrow.model_dump_json().encode())
+    drain(narrow, ledger)
+    for label in ledger.entries:
+        ended(ledger, label, "finished", (1000, 1.0))
+    wide = "mixture.gamma: 'uniform(0.2,1.0)'"
+    with pytest.raises(ValueError, match=r"sweep.num_trials must be above the 3 trials that lie in the changed space"):
+        sweep._check_extension(swept(section % (wide, 3)), ledger, record)
+    sweep._check_extension(narrow, ledger, record)
+    sweep._check_extension(swept(section % (wide, 4)), ledger, record)
+    other = swept(section % ("training.learning_rate: 'loguniform(1e-5,1e-3)'", 2))
+    sweep._check_extension(other, ledger, record)
+    assert drain(other, ledger) == ["t003", "t004"]
+    assert summary_of(other, ledger)["best"] is None
+
+
+def test_a_trial_that_has_ended_keeps_its_end_when_the_sweep_is_stopped(monkeypatch):
+    told = []
+    recorder = SweepRecorder.__new__(SweepRecorder)
+    recorder.begun, recorder.ended = ["t000", "t001"], {"t000"}
+    monkeypatch.setattr(SweepRecorder, "tell", lambda self, *what: told.append(what))
+    recorder.end("KILLED")
+    assert told == [("end_run", "trials/t001", "KILLED"), ("end_run", EXPERIMENT, "KILLED")]
+
+
 def test_as_many_trials_at_once_as_the_nodes_hold(monkeypatch):
     nodes = [{"Alive": True, "Resources": {"CPU": 5.0}}, {"Alive": True, "Resources": {"CPU": 2.0, "GPU": 1.0}}]
     monkeypatch.setattr("ray.nodes", lambda: [*nodes, {"Alive": False, "Resources": {"CPU": 64.0}}])
@@ -130,9 +211,13 @@ def test_the_budget_is_the_most_that_it_may_take():
     experiment = swept("{space: {training.steps: 'randint(100,2000)'}, num_trials: 5}")
     found = budget(experiment, check_space(experiment))
     assert (found["trials"], found["steps"]) == (5, 5 * 2000 + 2 * 1000)
-    flops = load("quickstart", ["training.steps=1"])
-    one = budget(flops.model_copy(update={"sweep": experiment.sweep}), [flops])["flops"] / 7
-    assert found["flops"] == pytest.approx(one * found["steps"])
+    short = load("quickstart", ["training.steps=1"]).model_copy(update={"sweep": experiment.sweep})
+    of_one = budget(short, [short])
+    one = (of_one["flops"] - of_one["measuring_flops"]) / 7
+    assert found["flops"] - found["measuring_flops"] == pytest.approx(one * found["steps"])
+    cost = cost_of(experiment.model).forward_flops
+    # Every 500 steps, 2,000 images by Euler's 20 steps: 4 times in 2,000 steps and twice in a control's 1,000.
+    assert found["measuring_flops"] == pytest.approx((5 * 4 + 2 * 2) * 2000 * 20 * cost)
     assert "5 trials and 2 controls, 12,000 steps" in found["text"]
 
 
@@ -155,7 +240,8 @@ def test_the_best_is_of_the_finished_and_differences_are_to_finished_controls(st
     assert "-1.000" in lines[3]
     assert "one training seed" in lines[-1]
     assert sweep_plot(answer, ["mixture.gamma"]).startswith(b"\x89PNG")
-    higher = summary_of(swept("{objective: recall_digits/euler20/s1}"), ledger)
+    of_recall = "{space: {mixture.gamma: 'uniform(0,1)'}, objective: recall_digits/euler20/s1}"
+    higher = summary_of(swept(of_recall), ledger)
     assert higher["best"]["label"] == "t000"
 
 

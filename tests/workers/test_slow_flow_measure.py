@@ -49,6 +49,22 @@ class Brightness(nn.Module):
         return x.flatten(1).mean(1)
 
 
+@pytest.mark.parametrize(("pairs", "expected"), [(5, [0, 8, 16, 24, 32]), (80, list(range(40)) * 2)])
+def test_fewer_pairs_than_classes_are_of_classes_from_all_over(monkeypatch, pairs, expected):
+    """Of the first classes alone the numbers would speak of these."""
+    asked = []
+
+    def chosen(data, labels, seed):
+        asked.append(labels.tolist())
+        raise KeyError("enough")
+
+    monkeypatch.setattr("workers.slow_flow._same_class", chosen)
+    images = np.zeros((40, 1, 8, 8), np.uint8)
+    with pytest.raises(KeyError):
+        measure(None, data=ImageSet(images, np.arange(40)), num_samples=pairs)
+    assert asked == [expected]
+
+
 def measure(model, probe=None, data=None, seed=2, num_samples=40, samplers=(EULER,), batch_size=250, **run):
     """With the model's own error-free field where there are few images."""
     return measure_slow_flow(
