@@ -11,7 +11,7 @@ from mixflow_core.statistics import Interval, nested_interval, pairs_needed
 from orchestration.titles import lower_is_better
 
 Call = Literal["better", "worse", "inconclusive"]
-WITHOUT_RECALL = ("fd_patches", "fd_pixels", "clip_score")  # no features whose neighbourhoods recall could count
+WITHOUT_RECALL = ("fd_patches", "clip_score")  # no features whose neighbourhoods recall could count
 
 
 def higher_is_better(metric: str) -> bool:

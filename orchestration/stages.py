@@ -27,7 +27,7 @@ from workers.checkpoint import CheckpointStore
 from workers.codecs import open_codec
 from workers.config import RunConfig
 from workers.data import realised_times, to_pixels
-from workers.io import LocalIO, StoppedError
+from workers.io import RunIO, StoppedError
 from workers.models.family import Network, build
 from workers.models.sd3 import SD3
 from workers.sample import SampleSet, grid_png, sample_batch, write_part
@@ -115,7 +115,7 @@ def _train(site: Site, stage: Stage, inputs: Inputs, directory: Path, judge: Obj
     def report(step: int, metrics: Mapping[str, float]) -> None:
         site.tell(stage.name, step, run.training.steps, metrics)
 
-    io = LocalIO(store, report, rank=site.rank, world_size=site.world_size, stopping=site.stopping)
+    io = RunIO(store, report, rank=site.rank, world_size=site.world_size, stopping=site.stopping)
     state = post_train(run, data["train"], data["held_out"], io, initial=initial, device=site.device, judge=judge)
     if site.rank == 0:
         save_file(

@@ -36,7 +36,7 @@ VERBS = (
     "run", "train", "slow-flow", "sample", "evaluate", "encode", "sweep", "plan", "report", "replay", "doctor"
 )  # fmt: skip
 PACKAGES = ("mixflow_core", "workers", "orchestration")
-LARGEST_PACKAGE = 20 * 2**20  # bytes; the sources are 1.5 MiB, and every node of the cluster fetches the package
+LARGEST_PACKAGE = 20 * 2**20  # bytes; the sources are 1 MiB, and every node of the cluster fetches the package
 SECRET = re.compile(r"(SECRET|PASSWORD|TOKEN|ACCESS_KEY)(?!.*_(PATH|FILE)$)")
 PATIENCE_S = 60.0  # for a job server that does not answer, before the job is left to itself
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")

@@ -10,26 +10,19 @@ DISTANCES = {
     "sfid": "Frechet distance in spatial Inception features",
     "fd": "Frechet distance",
     "kid": "Kernel distance",
-    "mmd": "Maximum mean discrepancy",
 }
 SCORES = {
     "inception_score": "Inception score",
     "precision": "Precision",
     "recall": "Recall",
-    "density": "Density",
-    "coverage": "Coverage",
     "clip_score": "CLIP score",
 }
 SPACES = {
     "digits": "classifier features",
-    "pixels": "pixels",
     "patches": "patches at full resolution",
     "dinov2": "DINOv2 features",
-    "clip": "CLIP features",
-    "inception": "Inception features",
 }
-# Distances that see what a feature space at a low resolution cannot; the first that a summary holds is taken.
-FULL_RESOLUTION = ("fd_patches", "fd_pixels")
+FULL_RESOLUTION = "fd_patches"  # which sees what a feature space at a low resolution cannot
 
 
 def lower_is_better(metric: str) -> bool | None:
@@ -69,9 +62,7 @@ def companions(metric: str, metrics: Sequence[str]) -> list[str]:
     space = metric[len(first) + 1 :]
     recalls = [f"recall_{space}", "recall", *(name for name in metrics if name.startswith("recall_"))]
     found = [name for name in recalls if name in metrics][:1]
-    if metric not in FULL_RESOLUTION:
-        found += [name for name in FULL_RESOLUTION if name in metrics][:1]
-    return found
+    return [*found, FULL_RESOLUTION] if FULL_RESOLUTION in metrics and metric != FULL_RESOLUTION else found
 
 
 def _first_word(metric: str, known: dict[str, str]) -> str:

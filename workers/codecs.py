@@ -48,7 +48,7 @@ class CodecConfig:
         rounding: of decoded images to uint8. `round`: to the nearest, this project's own; `half_up`: to the nearest by
             adding 1/2 and truncating, as SiT's sampler does; `truncate`: towards zero, as REPA's and RAE's do.
         channels: of the images; only the identity takes others than 3.
-        weights: local directory of the autoencoder in diffusers' layout, or of the DINOv2 in transformers' layout.
+        weights: directory of the autoencoder in diffusers' layout, or of the DINOv2 in transformers' layout.
         sha256: directory_hash of `weights`.
         scale: of the vae's latents, positive: latent = (z - shift) * scale. 0.18215 for Stable Diffusion's first
             autoencoders (SiT, REPA), 1.5305 for SD3's.
@@ -115,7 +115,7 @@ class CodecConfig:
         elif not path and (self.kind, name) == ("vae", "decoder") and not digest:
             return  # the autoencoder itself decodes
         elif not path:
-            raise ValueError(f"{name} must be given for the codec {self.kind}, got ''; name a local path")
+            raise ValueError(f"{name} must be given for the codec {self.kind}, got ''; name a path or URI")
         elif not re.fullmatch("[0-9a-f]{64}", digest):
             raise ValueError(
                 f"{hash_name} must be 64 hexadecimal digits, got {digest!r}; with 64 zeros, the error names the hash"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple
 
@@ -159,8 +158,7 @@ def digits(image_size: int, held_out: int) -> dict[Split, ImageSet]:
     return {"train": ImageSet(images[:cut], labels[:cut]), "held_out": ImageSet(images[cut:], labels[cut:])}
 
 
-@dataclass(frozen=True)
-class Batch:
+class Batch(NamedTuple):
     """What one forward pass needs: data x1, labels y (already dropped), noise x0, uniforms u (B, 2) for (t, m).
 
     `features` are alignment targets (B, T, D), None where the run does not align. `more_noise` (B, ...) and `u_rollout`
@@ -179,17 +177,8 @@ class Batch:
         """A copy on a device; from pinned memory it does not wait."""
         if device.type == "cpu":
             return self
-        return self.made_of(None if v is None else v.pin_memory().to(device, non_blocking=True) for v in self.parts)
-
-    @property
-    def parts(self) -> tuple[Tensor | None, ...]:
-        """The tensors in the order of the fields."""
-        return (self.x1, self.y, self.x0, self.u, self.features, self.more_noise, self.u_rollout)
-
-    @classmethod
-    def made_of(cls, parts: Iterable[Tensor | None]) -> Batch:
-        """The inverse of `parts`."""
-        return cls(*parts)  # type: ignore[arg-type]  # only the last three may be None, and `parts` keeps their order
+        moved: list[Any] = [None if v is None else v.pin_memory().to(device, non_blocking=True) for v in self]
+        return Batch(*moved)
 
 
 @lru_cache(maxsize=4)
@@ -251,7 +240,5 @@ def join(batches: list[Batch]) -> Batch:
     """Shards joined into one batch, in their order."""
     if len(batches) == 1:
         return batches[0]
-    columns = zip(*(batch.parts for batch in batches), strict=True)
-    return Batch.made_of(
-        torch.cat([v for v in column if v is not None]) if column[0] is not None else None for column in columns
-    )
+    joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in zip(*batches, strict=True)]
+    return Batch(*joined)

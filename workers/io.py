@@ -16,35 +16,6 @@ class StoppedError(Exception):
     """A worker was asked to stop, and what was done is kept: the same run goes on from there. It says where."""
 
 
-class RunIO(Protocol):
-    """Where a run comes from and goes to. Only rank 0's restore and report are called."""
-
-    rank: int
-    world_size: int
-
-    def restore(self) -> TrainState | None:
-        """The newest valid checkpoint, None to start."""
-
-    def save(self, state: TrainState, score: float | None, writers: Writers | None) -> None:
-        """Keeps a copy of the state; returns before it is written. The score is None where nothing was measured.
-
-        Called on rank 0, or on all `writers`, each with its part of the state.
-        """
-
-    def report(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Hands metrics over without waiting."""
-
-    def wait(self) -> None:
-        """Waits until what was saved is kept."""
-
-    def stopping(self) -> bool:
-        """Whether this worker was asked to stop; asked once a step."""
-
-    @property
-    def last_checkpoint(self) -> str:
-        """Names the newest complete checkpoint, for error messages."""
-
-
 class Judge(Protocol):
     """Looks at a run while it trains. Both methods are called on all ranks together."""
 
@@ -55,8 +26,15 @@ class Judge(Protocol):
         """Metrics of the averaged weights after `step` steps, the same on all ranks; empty where it does not look."""
 
 
-class LocalIO:
-    """RunIO over a checkpoint store: all of it on a laptop, and rank 0's part on a cluster."""
+class RunIO:
+    """Where a run comes from and goes to, over a checkpoint store. Only rank 0's restore and report are called.
+
+    Args:
+        store: of its checkpoints.
+        report: hands the metrics of a step over without waiting.
+        rank, world_size: of this worker.
+        stopping: whether this worker was asked to stop; asked once a step.
+    """
 
     def __init__(
         self,
@@ -71,18 +49,21 @@ class LocalIO:
         self.rank, self.world_size = rank, world_size
 
     def restore(self) -> TrainState | None:
-        """See RunIO."""
+        """The newest valid checkpoint, None to start."""
         return self.store.restore()
 
     def save(self, state: TrainState, score: float | None, writers: Writers | None) -> None:
-        """See RunIO."""
+        """Keeps a copy of the state; returns before it is written. The score is None where nothing was measured.
+
+        Called on rank 0, or on all `writers`, each with its part of the state.
+        """
         self.store.save(state, score, writers)
 
     def wait(self) -> None:
-        """See RunIO."""
+        """Waits until what was saved is kept."""
         self.store.wait()
 
     @property
     def last_checkpoint(self) -> str:
-        """See RunIO."""
+        """Names the newest complete checkpoint, for error messages."""
         return self.store.newest() or "none"

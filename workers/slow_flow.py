@@ -96,7 +96,7 @@ def measure_slow_flow(
     device: torch.device,
     guide: nn.Module | None = None,
 ) -> dict[str, Any]:
-    """Slow Flow of a model (method.md: nearest ground-truth time of generated states), its controls and the probe.
+    """Slow Flow of a model (nearest ground-truth time of generated states), its controls and the probe.
 
     Args:
         model: (x, t, y) -> prediction.

@@ -271,10 +271,10 @@ class _OrderedGradients:
     def compute(
         self, batches: list[Batch], interpolant: Interpolant, progress: float, stop: bool
     ) -> tuple[Tensor, Tensor]:
-        """Leaves the gradient of the global mean loss in the parameters; that loss, and how many ranks are to stop."""
+        """Leaves the gradient of the global mean loss in the parameters; that loss, and above 0 to stop."""
         scale = 1 / self.run.training.global_batch_size
         num_shards = self.run.training.num_shards
-        size = sum(p.numel() for p in self.parameters) + 2  # the last numbers are the loss and how many are to stop
+        size = sum(p.numel() for p in self.parameters) + 2  # the last numbers are the loss and whether to stop
         total = torch.zeros(size, device=batches[0].x1.device)
         local = []
         for first in range(0, num_shards, self.world_size):

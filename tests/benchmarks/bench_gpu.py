@@ -24,7 +24,7 @@ from workers.checkpoint import TrainState, Writers
 from workers.config import RunConfig, Training
 from workers.cost import cost_of
 from workers.data import ImageSet
-from workers.io import LocalIO, Report
+from workers.io import Report, RunIO
 from workers.models.ddt import DiTDHConfig
 from workers.models.family import build
 from workers.models.sit import SiTConfig
@@ -76,7 +76,7 @@ def peak_flops(name: str) -> float | None:
     return 312e12 if "A100" in name else None
 
 
-class Unsaved(LocalIO):
+class Unsaved(RunIO):
     """A run's surroundings without checkpoints: writing 10 GB is measured elsewhere."""
 
     def __init__(self, report: Report) -> None:

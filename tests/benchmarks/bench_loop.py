@@ -22,7 +22,7 @@ from orchestration.storage import open_storage
 from workers.checkpoint import CheckpointStore
 from workers.config import RunConfig
 from workers.data import digits
-from workers.io import LocalIO, Report
+from workers.io import Report, RunIO
 from workers.train import post_train
 
 CPU = torch.device("cpu")
@@ -81,16 +81,16 @@ def mixture(quick: bool) -> Outcome:
     return Outcome("mixture", about, figures, settings)
 
 
-def local_io(directory: str, report: Report) -> LocalIO:
+def local_io(directory: str, report: Report) -> RunIO:
     """A run's surroundings without a cluster."""
-    return LocalIO(CheckpointStore(open_storage(directory), "checkpoints", keep=1, about={}), report)
+    return RunIO(CheckpointStore(open_storage(directory), "checkpoints", keep=1, about={}), report)
 
 
 def worker_entry(config: dict[str, Any], out: str) -> dict[str, Any]:
     """The project's worker entry, in which post_train of the slowed arm runs beside two bare loops."""
     from orchestration import stages, worker
 
-    def beside(run: RunConfig, data: Any, held_out: Any, io: LocalIO, **more: Any) -> Any:
+    def beside(run: RunConfig, data: Any, held_out: Any, io: RunIO, **more: Any) -> Any:
         if run.mixture.is_standard:  # the base, which only has to be there
             return post_train(run, data, held_out, io, **more)
         steps, loops = run.training.log_every, [BareLoop(run, data, more["device"]) for _ in range(2)]

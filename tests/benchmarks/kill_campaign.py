@@ -37,7 +37,7 @@ from orchestration.storage import Storage, open_storage
 from workers.checkpoint import CheckpointStore
 from workers.config import RunConfig
 from workers.data import ImageSet
-from workers.io import LocalIO
+from workers.io import RunIO
 from workers.manifest import Manifest
 from workers.train import post_train
 
@@ -83,7 +83,7 @@ def train(directory: Path, kill_at_write: int | None) -> None:
     if kill_at_write is not None:
         _die_at_write(storage, kill_at_write)
     store = CheckpointStore(storage, CHECKPOINTS, keep=RUN.training.keep_checkpoints, about={})
-    post_train(RUN, images(100, 0), images(32, 1), LocalIO(store, lambda step, metrics: None))
+    post_train(RUN, images(100, 0), images(32, 1), RunIO(store, lambda step, metrics: None))
 
 
 def _die_at_write(storage: Storage, number: int) -> None:

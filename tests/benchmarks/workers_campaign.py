@@ -30,7 +30,7 @@ from kill_campaign import CHECKPOINTS, RUN, STEPS, fork, images, newest
 
 from orchestration.storage import open_storage
 from workers.checkpoint import CheckpointStore
-from workers.io import LocalIO, StoppedError
+from workers.io import RunIO, StoppedError
 from workers.train import post_train
 
 RESULTS = Path(__file__).parent / "results" / "workers_campaign.jsonl"
@@ -53,7 +53,7 @@ def work(rank: int, group: Path, count: int, end: tuple[str, int] | None) -> int
     if count > 1:
         dist.init_process_group("gloo", init_method=f"file://{group}", rank=rank, world_size=count)
     store = CheckpointStore(open_storage(str(group.parent)), CHECKPOINTS, keep=RUN.training.keep_checkpoints, about={})
-    io = LocalIO(store, lambda step, metrics: None, rank=rank, world_size=count, stopping=stopping)
+    io = RunIO(store, lambda step, metrics: None, rank=rank, world_size=count, stopping=stopping)
     try:
         post_train(REPRODUCIBLE, images(100, 0), images(32, 1), io)
     except StoppedError:

@@ -325,6 +325,8 @@ def test_the_newest_of_several_finished_runs(report, tracked, tmp_path):
         record(Drawn(tmp_path / str(gamma), SEEDS, "name=twice", f"mixture.gamma={gamma}"), tracked.uri)
         for gamma in (0.3, 0.6)
     )
+    # A part of the workflow, or a sweep, is a finished run of the same name; there is nothing of it to compare.
+    record(Drawn(tmp_path / "part", SEEDS, "name=twice", "mixture.gamma=0.9"), tracked.uri, report="")
     answer = json.loads(report("twice", "--json")[1])
     assert [run["run_id"] for run in answer["runs"]] == [newer]
     answer = json.loads(report("twice", older, "--json")[1])

@@ -33,7 +33,7 @@ def test_a_metrics_recall_is_that_of_its_features(metric, recall):
     assert recall_beside(metric, {metric, "recall", "recall_digits", "recall_dinov2"}) == recall
 
 
-@pytest.mark.parametrize("metric", ["fd_patches", "fd_pixels", "clip_score"])
+@pytest.mark.parametrize("metric", ["fd_patches", "clip_score"])
 def test_metrics_without_a_recall_take_any(metric):
     assert recall_beside(metric, [metric, "recall_digits"]) == "recall_digits"
     assert recall_beside(metric, [metric, "recall_digits", "recall"]) == "recall"
@@ -56,7 +56,7 @@ def test_what_was_not_measured_has_no_recall():
 
 def test_the_better_direction_goes_by_the_name():
     up = {"precision", "recall", "precision_digits", "recall_dinov2", "inception_score", "clip_score"}
-    down = {"fid", "sfid", "kid", "fd_digits", "kid_digits", "fd_patches", "fd_pixels", "fd_clip"}
+    down = {"fid", "sfid", "kid", "fd_digits", "kid_digits", "fd_patches", "fd_clip"}
     assert {metric for metric in up | down if higher_is_better(metric)} == up
 
 

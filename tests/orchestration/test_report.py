@@ -339,7 +339,7 @@ def test_the_distance_by_the_number_of_samples_is_drawn_where_it_is_known(enrich
     ],
 )
 def test_titles_of_metrics_and_what_stands_beside_them(metric, text, beside):
-    known = ["fd_digits", "recall", "recall_dinov2", "fd_pixels", "fd_patches", "fid"]
+    known = ["fd_digits", "recall", "recall_dinov2", "fd_patches", "fid"]
     assert title(metric) == text
     assert companions(metric, known) == beside
     assert companions(metric, []) == []

@@ -29,7 +29,7 @@ from workers.checkpoint import TrainState, Writers
 from workers.config import RunConfig
 from workers.cost import cost_of
 from workers.data import ImageSet
-from workers.io import LocalIO
+from workers.io import RunIO
 from workers.models.ddt import DiTDHConfig
 from workers.models.family import build
 from workers.models.sit import SiTConfig
@@ -73,7 +73,7 @@ class Case:
         sections = {"model": self.config, "mixture": mixture, "training": {**values, **training}}
         return RunConfig.model_validate({**sections, "seed": 7})
 
-    def train(self, io: LocalIO, *, fresh: bool = True, **training: object) -> TrainState:
+    def train(self, io: RunIO, *, fresh: bool = True, **training: object) -> TrainState:
         """Trains to the end, without initial weights if not `fresh`; what is left of it lies on the CPU."""
         weights, data, held_out = self.weights if fresh else None, self.data(24, 0), self.data(8, 1)
         return post_train(self.run(**training), data, held_out, io, initial=weights, device=self.device).snapshot()
@@ -89,7 +89,7 @@ def randomised(config: Config) -> nn.Module:
     return model
 
 
-class Unsaved(LocalIO):
+class Unsaved(RunIO):
     """Surroundings that keep nothing."""
 
     def __init__(self) -> None:

@@ -17,7 +17,7 @@ from workers import train
 from workers.checkpoint import CheckpointStore, TrainState
 from workers.config import RunConfig
 from workers.data import Batch, ImageSet
-from workers.io import LocalIO
+from workers.io import RunIO
 
 MODEL = {
     "input_size": 8,
@@ -67,10 +67,10 @@ def local_io(
     keep: int = 99,
     report: Callable[[int, Mapping[str, float]], None] = lambda step, metrics: None,
     stopping: Callable[[], bool] = lambda: False,
-) -> LocalIO:
+) -> RunIO:
     """Surroundings over a local directory, as on a laptop."""
     store = CheckpointStore(open_storage(str(directory)), "checkpoints", keep=keep, about={"name": "toy"})
-    return LocalIO(store, report, rank=rank, world_size=world_size, stopping=stopping)
+    return RunIO(store, report, rank=rank, world_size=world_size, stopping=stopping)
 
 
 def parts(state: TrainState) -> dict[str, Tensor]:
