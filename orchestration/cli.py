@@ -177,14 +177,15 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--checkpoint", metavar="URI", help="of the experiment's model, in place of its base")
             sub.add_argument("--sha256", metavar="HASH", help="of --checkpoint")
     sub = verb("sweep", "a search over keys of the run, beside the controls; running it again goes on", _sweep)
-    sub.add_argument(
-        "--space", action="append", default=[], metavar="KEY=LAW", help="such as mixture.gamma=uniform(0.2,1.0)"
-    )
+    space: dict[str, Any] = {"action": "append", "default": [], "metavar": "KEY=LAW"}
+    space["help"] = "a key to search, such as mixture.gamma=uniform(0.2,1.0)"
+    sub.add_argument("--space", **space)
     sub.add_argument("--resume", action="store_true", help="fail if there is nothing to resume")
     sub.add_argument(
         "--confirm", action="store_true", help="run the best beside its controls with replicates, and register it"
     )
-    sub = verb("plan", "check everything and show what a run would do, without doing it", _plan)
+    sub = verb("plan", "check everything and show what a run, or a sweep, would do, without doing it", _plan)
+    sub.add_argument("--space", **space)
     sub.add_argument("--mfu", type=float, default=0.4, help="share of the peak that training reaches, for the hours")
     sub.add_argument("--peak-tflops", type=float, help="of a device, for the hours; an H100's in training.precision")
     report = verb(
@@ -326,7 +327,7 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
         value = getattr(arguments, name)
         if value is not None and not 0 < value <= most:
             raise ValueError(f"--{name.replace('_', '-')} must lie in (0, {most:g}], got {value}; correct it")
-    raw = read(arguments.experiment, arguments.overrides)
+    raw = read(arguments.experiment, arguments.overrides, arguments.space)
     missing = to_be_given(raw)
     if missing:
         plan = costs(validated(arguments.experiment, filled(raw)))
@@ -334,9 +335,17 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
             print("\n".join(cost_lines(plan, arguments.mfu, arguments.peak_tflops)))
         print(f"error: {arguments.experiment}: to be given: {', '.join(missing)}; add --set KEY=VALUE", file=sys.stderr)
         return {**plan, "to_be_given": missing, "exit_code": WRONG_INPUT}
-    plan = make_plan(validated(arguments.experiment, raw), open_place())
+    experiment = validated(arguments.experiment, raw)
+    plan = make_plan(experiment, open_place())
+    if experiment.sweep:
+        from orchestration.sweep_report import budget
+        from orchestration.trials import check_space
+
+        plan["sweep"] = budget(experiment, check_space(experiment))
     if not arguments.json:
         print(plan_text(plan, arguments.mfu, arguments.peak_tflops))
+        if "sweep" in plan:
+            print(f"\nsweep       {plan['sweep']['text']}")
     return plan
 
 

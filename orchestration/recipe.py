@@ -81,21 +81,7 @@ def load(name: str, overrides: Sequence[str] = (), spaces: Sequence[str] = ()) -
     Raises:
         ValueError: one line naming what is wrong, where, and the mend.
     """
-    raw = read(name, overrides)
-    for space in spaces:
-        key, equals, law = space.partition("=")
-        if not equals or not key:
-            raise ValueError(f"--space must be dotted.key=law(...), got {space!r}; such as mixture.gamma=uniform(0,1)")
-        sweep = raw["sweep"] = raw.get("sweep") or {}
-        laws = sweep.setdefault("space", {}) if isinstance(sweep, dict) else None
-        if laws is None and isinstance(sweep, dict):
-            laws = sweep["space"] = {}
-        if not isinstance(laws, dict):
-            raise ValueError(
-                f"{name}: sweep and sweep.space must have settings by name where --space adds to them, got "
-                f"{raw['sweep']!r}; correct the file, or --set"
-            )
-        laws[key] = law  # not a dotted place: the key is one word of the space
+    raw = read(name, overrides, spaces)
     missing = to_be_given(raw)
     if missing:
         raise ValueError(
@@ -105,8 +91,8 @@ def load(name: str, overrides: Sequence[str] = (), spaces: Sequence[str] = ()) -
     return validated(name, raw)
 
 
-def read(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """The settings as they are written and overridden, not validated.
+def read(name: str, overrides: Sequence[str] = (), spaces: Sequence[str] = ()) -> dict[str, Any]:
+    """The settings as they are written and overridden, not validated; see `load`.
 
     A file may name another as `extends`, whose sections it takes where it has none of its own, and under `scales` sets
     of overrides by name, of which `scale=<name>` chooses one; what is overridden beside it comes after. At the top of a
@@ -123,7 +109,26 @@ def read(name: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
             _apply(raw, override)
     for path in PATHS:
         _make_absolute(raw, path)
+    for space in spaces:
+        _add_space(name, raw, space)
     return raw
+
+
+def _add_space(name: str, raw: dict[str, Any], space: str) -> None:
+    """Puts `dotted.key=law(...)` into sweep.space, where the key is one word."""
+    key, equals, law = space.partition("=")
+    if not equals or not key:
+        raise ValueError(f"--space must be dotted.key=law(...), got {space!r}; such as mixture.gamma=uniform(0,1)")
+    sweep = raw["sweep"] = raw.get("sweep") or {}
+    if isinstance(sweep, dict):
+        laws = sweep["space"] = sweep.get("space") or {}
+        if isinstance(laws, dict):
+            laws[key] = law
+            return
+    raise ValueError(
+        f"{name}: sweep and sweep.space must have settings by name where --space adds to them, got {sweep!r}; correct "
+        "the file, or --set"
+    )
 
 
 def parent_of(name: str) -> str | None:

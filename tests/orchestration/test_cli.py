@@ -288,6 +288,17 @@ def test_plan_of_a_fresh_directory(capsys, place):
     assert not list(place.rglob("*.*"))
 
 
+def test_plan_shows_a_sweeps_budget_and_refuses_its_space(capsys, place):
+    assert main(["plan", "quickstart", "--space", "mixture.gamma=uniform(0,1)", "--json"]) == 0
+    sweep = json.loads(capsys.readouterr().out)["sweep"]
+    assert (sweep["trials"], sweep["controls"], sweep["steps"]) == (8, 2, 10_000)
+    assert main(["plan", "quickstart", "--space", "training.steps=uniform(500,1000)"]) == 2
+    assert "training.steps must be an integer, got" in capsys.readouterr().err
+    for wrong in ("5", "[1]", "{space: 5}"):
+        assert main(["plan", "quickstart", "--set", f"sweep={wrong}", "--space", "mixture.gamma=uniform(0,1)"]) == 2
+        assert "sweep and sweep.space must have settings by name" in capsys.readouterr().err
+
+
 def test_plan_tells_what_is_done(capsys, place, recipe):
     from orchestration.recipe import load
     from orchestration.workflow import Workspace
