@@ -56,7 +56,7 @@ class ExtractorConfig:
                 raise ValueError(f"weights must be left out for digits, which are trained here, got {self.weights!r}")
             return
         if not self.weights:
-            raise ValueError(f"weights must be given for the extractor {self.kind}, got ''; name a local path")
+            raise ValueError(f"weights must be given for the extractor {self.kind}, got ''; name a path or URI")
         if not re.fullmatch("[0-9a-f]{64}", self.sha256):
             raise ValueError(
                 f"sha256 must be 64 hexadecimal digits, got {self.sha256!r}; with 64 zeros, the error names the hash"

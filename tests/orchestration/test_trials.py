@@ -83,7 +83,9 @@ def test_a_wrong_section_is_one_line(sweep, says):
 
 def test_the_corners_are_built():
     good = check_space(swept("sweep={space: {mixture.gamma: 'uniform(0,1)', training.steps: 'randint(10,20)'}}"))
-    assert [(e.mixture.gamma, e.training.steps) for e in good] == [(0, 10), (0, 20), (1, 10), (1, 20)]
+    assert [(e.mixture.gamma, e.training.steps) for e in good[:4]] == [(0, 10), (0, 20), (1, 10), (1, 20)]
+    assert all(0 <= e.mixture.gamma < 1 and 10 <= e.training.steps < 20 for e in good[4:]), "and points within"
+    assert len({(e.mixture.gamma, e.training.steps) for e in good}) > 8
     with pytest.raises(ValueError, match=r"quickstart with mixture.gamma=0, mixture.shift=0.5: .*at least 1, got 0.5"):
         check_space(swept("sweep={space: {mixture.gamma: 'uniform(0,1)', mixture.shift: 'choice(1,0.5)'}}"))
     with pytest.raises(ValueError, match=r"sweep\.space must have a key, got none; add --space"):

@@ -309,7 +309,7 @@ def test_an_extractor_is_read_from_json():
     [
         ({**DINO, "kind": "clap"}, "'digits', 'inception', 'dinov2' or 'clip'"),
         ({**DINO, "kind": "digits"}, "weights must be left out for digits, which are trained here, got 'v'"),
-        ({**DINO, "weights": ""}, "weights must be given for the extractor dinov2, got ''; name a local path"),
+        ({**DINO, "weights": ""}, "weights must be given for the extractor dinov2, got ''; name a path or URI"),
         ({**DINO, "sha256": "A" * 64}, f"sha256 must be 64 hexadecimal digits, got '{'A' * 64}'; with 64 zeros"),
         ({**DINO, "size": 224}, "size"),
     ],
