@@ -1,5 +1,6 @@
 """The driver's eye on its workers: signals, and the end of a process that hangs."""
 
+import logging
 import os
 import signal
 import subprocess
@@ -148,3 +149,9 @@ def test_what_a_thread_raises_is_raised_here():
     assert in_thread(lambda: 3) == 3
     with pytest.raises(ZeroDivisionError):
         in_thread(lambda: 1 / 0)
+
+
+def test_a_warning_of_the_reporters_own_process_is_one_for_the_user(reporter):
+    """Such as what MLflow refuses; nobody reads the log of an actor."""
+    logging.getLogger("orchestration.spool").warning("MLflow refused %d\nevents", 3)
+    assert reporter.progress()["warnings"] == ["MLflow refused 3 events"]
