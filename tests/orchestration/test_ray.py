@@ -79,6 +79,8 @@ def _alter_a_checkpoint(workspace: Path) -> str:
     newest = max(manifests, key=lambda path: path.stat().st_mtime).parent
     if (workspace / newest.parent.name.replace("-", "/", 1) / "manifest.json").exists():
         return ""  # that arm was finished just before the kill: nobody reads its checkpoints any more
+    if len(list(newest.parent.glob("step-*/manifest.json"))) == 1:
+        return ""  # nor may the only one be spoilt: training would not begin anew without being told
     weights = newest / "model.safetensors"
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
@@ -92,8 +94,8 @@ def test_kill_9_changes_nothing(victim: str, finished: tuple[Path, dict], tmp_pa
     command = ["run", "quickstart", "--json", *small()]
     environment = {"MIXFLOW_WORKSPACE": str(workspace)}
     run = Run(command, tmp_path, environment)
-    # In the middle of an arm: its first checkpoint is there, its end is not.
-    run.until(lambda: list(workspace.glob("checkpoints/arms-*/step-*/manifest.json")), "a first checkpoint of an arm")
+    # In the middle of an arm: its second checkpoint of three is there, its end is not.
+    run.until(lambda: list(workspace.glob("checkpoints/arms-*/step-*40-*/manifest.json")), "an arm's second checkpoint")
     titles = {"worker": "RayTrainWorker", "controller": "TrainController", "raylet": "raylet", "reporter": "Reporter"}
     victims = [run.process] if victim == "driver" else run.find(titles[victim])
     family = run.process.children(recursive=True)

@@ -40,6 +40,7 @@ def test_the_same_recipe_on_s3_and_a_tracking_server(ceph_s3: str, mlflow_server
     mlflow_server.kill()
 
 
+@pytest.mark.slow
 def test_mlflow_never_there_and_replayed_later(mlflow_server: MlflowServer, tmp_path: Path) -> None:
     mlflow_server.kill()
     environment = {"MIXFLOW_WORKSPACE": str(tmp_path / "ws"), "MLFLOW_TRACKING_URI": mlflow_server.uri}
