@@ -96,9 +96,11 @@ def connect(environment: dict[str, str], *, dashboard: bool = False) -> None:
 def _signals_kept() -> Iterator[None]:
     """Ray would let SIGTERM end this process on the spot; who has set another handler keeps it."""
     before = signal.getsignal(signal.SIGTERM)
-    yield
-    if callable(before) and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, before)
+    try:
+        yield
+    finally:
+        if callable(before) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def _local_address() -> str:

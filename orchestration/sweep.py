@@ -71,9 +71,8 @@ def run_sweep(experiment: Experiment, place: Place, *, resume: bool = False) -> 
     cluster.check_local_machine(experiment.cluster)
     with workspace.lease(), ExitStack() as cleanup:
         ledger = Ledger(place.storage, workspace.home)
-        _check_extension(experiment, ledger, f"{workspace.home}/{RECORD}")
+        is_open = _work_left(experiment, ledger, f"{workspace.home}/{RECORD}")
         place.storage.put(f"{workspace.home}/{RECORD}", experiment.model_dump_json(indent=1).encode())
-        is_open = _is_open(experiment, ledger)
         with closing(Progress([], 0)) as progress:
             spent = budget(experiment, reached)
             progress.say(spent["text"])
@@ -119,14 +118,14 @@ def _next_params(experiment: Experiment, ledger: Ledger) -> dict[str, Any] | Non
     return suggest(sweep.laws, sweep.resolved_search, seed, len(ledger.trials), ledger.tried, lower_is_better=lower)
 
 
-def _check_extension(experiment: Experiment, ledger: Ledger, record: str) -> None:
-    """A changed space that asks for no new trial would be taken for a search of it.
+def _work_left(experiment: Experiment, ledger: Ledger, record: str) -> bool:
+    """Whether a trial is still to be run.
 
     Raises:
-        ValueError: there are as many trials in the changed space as were asked for.
+        ValueError: none is, in a space that was changed since `record`: the answer would be taken for a search of it.
     """
-    if not ledger.entries or _is_open(experiment, ledger):
-        return
+    if _is_open(experiment, ledger):
+        return True
     before = (json.loads(ledger.storage.read(record)).get("sweep") or {}).get("space")
     sweep = sweep_of(experiment)
     if before != dict(sweep.space):
@@ -134,6 +133,7 @@ def _check_extension(experiment: Experiment, ledger: Ledger, record: str) -> Non
             f"sweep.num_trials must be above the {len(ledger.within(sweep.laws))} trials that lie in the changed space "
             f"already, got {sweep.most_trials}; raise it"
         )
+    return False
 
 
 def _shared(experiment: Experiment) -> Callable[[Stage], bool]:

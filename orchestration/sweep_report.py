@@ -107,10 +107,10 @@ class SweepRecorder(Recorder):
 
     def begin(self, entry: Entry) -> None:
         """Starts a trial's run, or continues it."""
-        stage = self.workspace_of(entry).stages[f"trials/{entry.label}"]
+        workspace = self.workspace_of(entry)
+        stage = workspace.stages[f"trials/{entry.label}"]
         kind = "control" if entry.is_control else "trial"
         tags = {"mixflow.kind": kind, "mixflow.arm": entry.label, "mixflow.replicate": "0"}
-        workspace = self.workspace_of(entry)
         tags["mixflow.checkpoints"] = f"{workspace.storage.uri}/{workspace.checkpoints(stage.name)}"
         params = {"arm": entry.label, **stage.settings["run"]}
         self.tell("start_run", stage.name, entry.label, params, tags, EXPERIMENT)

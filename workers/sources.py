@@ -295,10 +295,10 @@ def _check_end(path: Path, end: int) -> None:
 def _parquet(root: Path, file: str, captions: bool) -> Iterator[_Found]:
     path, wanted = root / file, "caption" if captions else "label"
     try:
-        schema = pq.read_schema(path)
-        names = set(schema.names)
-        values = pq.read_table(path, columns=[wanted])[wanted] if wanted in names else None
-        largest = _largest_group(pq.read_metadata(path))
+        with pq.ParquetFile(path) as content:
+            schema, largest = content.schema_arrow, _largest_group(content.metadata)
+            names = set(schema.names)
+            values = content.read(columns=[wanted])[wanted] if wanted in names else None
     except (OSError, pa.ArrowException) as error:
         raise ValueError(f"source must hold readable Parquet files, got {path} ({error})") from error
     if "image" not in names or not _holds_bytes(schema.field("image").type):

@@ -179,11 +179,11 @@ def test_a_sweep_of_other_keys_begins_anew_and_a_wider_space_wants_more_trials(s
         ended(ledger, label, "finished", (1000, 1.0))
     wide = "mixture.gamma: 'uniform(0.2,1.0)'"
     with pytest.raises(ValueError, match=r"sweep.num_trials must be above the 3 trials that lie in the changed space"):
-        sweep._check_extension(swept(section % (wide, 3)), ledger, record)
-    sweep._check_extension(narrow, ledger, record)
-    sweep._check_extension(swept(section % (wide, 4)), ledger, record)
+        sweep._work_left(swept(section % (wide, 3)), ledger, record)
+    sweep._work_left(narrow, ledger, record)
+    sweep._work_left(swept(section % (wide, 4)), ledger, record)
     other = swept(section % ("training.learning_rate: 'loguniform(1e-5,1e-3)'", 2))
-    sweep._check_extension(other, ledger, record)
+    sweep._work_left(other, ledger, record)
     assert drain(other, ledger) == ["t003", "t004"]
     assert summary_of(other, ledger)["best"] is None
 
