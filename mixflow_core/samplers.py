@@ -140,9 +140,8 @@ def sde(
     diffusion: Diffusion = Diffusion(),
     corrector: bool = False,
     last_step: LastStep = "mean",
-    end: float = 1.0,
 ) -> Iterator[Tensor]:
-    """Euler-Maruyama, or stochastic Heun with `corrector`, then one last noise-free step from the grid's end to `end`.
+    """Euler-Maruyama, or stochastic Heun with `corrector`, then one last noise-free step from the grid's end to 1.
 
     Args:
         field: u(x, t), called once a step (the score follows from the velocity).
@@ -154,7 +153,6 @@ def sde(
         corrector: add the noise first, then a Heun step of the drift from the noised state (two evaluations a step).
         last_step: `mean`: the SDE's drift; `euler`: the ODE's velocity; `tweedie`: the posterior mean of the data;
             `none`: no last step.
-        end: the time of the last state.
 
     Yields:
         The states at every time of the grid, and the one after the last step.
@@ -182,9 +180,9 @@ def sde(
         yield x
     t = grid[-1]
     if last_step == "mean":
-        yield x + (end - t) * drift(x, t)
+        yield x + (1 - t) * drift(x, t)
     elif last_step == "euler":
-        yield x + (end - t) * _velocity(field, x, t)
+        yield x + (1 - t) * _velocity(field, x, t)
     elif last_step == "tweedie":
         yield interpolant.data_from_velocity(_velocity(field, x, t), x=x, t=t)
 

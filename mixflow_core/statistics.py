@@ -24,14 +24,6 @@ class Interval:
     n: int
 
 
-@dataclass(frozen=True)
-class VarianceParts:
-    """The two variances, in squared units of the values, that make up that of one value: between + within."""
-
-    between: float
-    within: float
-
-
 def student_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
     """Student's t interval of the mean of independent values, for instance paired differences between two arms.
 
@@ -57,7 +49,7 @@ def nested_interval(values: Sequence[Sequence[float]], *, confidence: float = 0.
     Raises:
         ValueError: no base, a base without seeds, or one base with one seed.
     """
-    _require_seeds(values, at_least=1)
+    _require_seeds(values)
     return student_interval(
         values[0] if len(values) == 1 else [_mean(seeds) for seeds in values], confidence=confidence
     )
@@ -114,26 +106,19 @@ def quantile_ranks(n: int, level: float, *, confidence: float = 0.95) -> tuple[i
     return num_low - 1 if num_low else None, num_short if num_short < n else None
 
 
-def variance_parts(values: Sequence[Sequence[float]]) -> VarianceParts:
-    """Variance between bases and between seeds within a base: unbiased estimates of one-way analysis of variance.
+def seed_variance(values: Sequence[Sequence[float]]) -> float:
+    """Variance between training seeds of one base, pooled over bases; `values[b][k]` is that of base b and seed k.
 
-    `values[b][k]` is the value of base b and seed k; bases may differ in their number of seeds. The estimate of
-    `between` is a difference of two mean squares, is unbiased only if it may be negative, and is returned as it comes
-    out: below 0 means that no variation between bases was seen beyond what that within them makes.
+    The mean square within of a one-way analysis of variance; bases may differ in their number of seeds.
 
     Raises:
-        ValueError: fewer than two bases, a base without seeds, or only bases with one seed.
+        ValueError: no base, a base without seeds, or only bases with one seed.
     """
-    _require_seeds(values, at_least=2)
+    _require_seeds(values)
     bases, total = len(values), sum(map(len, values))
     if total == bases:
         raise ValueError("values must have two seeds in one base or more, got one in each; run more replicates")
-    mean = _mean([value for seeds in values for value in seeds])
-    within = math.fsum(map(_squares, values)) / (total - bases)
-    between = math.fsum(len(seeds) * (_mean(seeds) - mean) ** 2 for seeds in values) / (bases - 1)
-    # What a base's variance is multiplied by in the mean square between bases: the number of seeds if all have as many.
-    seeds_each = (total - sum(len(seeds) ** 2 for seeds in values) / total) / (bases - 1)
-    return VarianceParts((between - within) / seeds_each, within)
+    return math.fsum(map(_squares, values)) / (total - bases)
 
 
 def bootstrap_sd(
@@ -261,9 +246,9 @@ def student_cdf(t: float, degrees: int) -> float:
     return (1 + within) / 2
 
 
-def _require_seeds(values: Sequence[Sequence[float]], *, at_least: int) -> None:
-    if len(values) < at_least:
-        raise ValueError(f"values must be of {at_least} or more bases, got {len(values)}; add bases")
+def _require_seeds(values: Sequence[Sequence[float]]) -> None:
+    if not values:
+        raise ValueError("values must be of 1 or more bases, got 0; add bases")
     for base, seeds in enumerate(values):
         if not seeds:
             raise ValueError(f"values must have seeds in every base, got none in base {base}; leave it out")

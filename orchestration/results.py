@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from mixflow_core.statistics import variance_parts
+from mixflow_core.statistics import seed_variance
 from orchestration.differences import agreement, difference, recall_beside, spread
 from orchestration.experiment import Experiment
 from orchestration.sections import Claim
@@ -244,7 +244,7 @@ def _seeds_sd(values: Sequence[Sequence[float]]) -> float | None:
     """Between the seeds of a base, where there are several bases: without them that is the interval's own sd."""
     if len(values) == 1 or max(map(len, values)) == 1:
         return None
-    return math.sqrt(variance_parts(values).within)
+    return math.sqrt(seed_variance(values))
 
 
 def _within_sd(replicates: Sequence[Replicate], cell: str, metric: str) -> float | None:

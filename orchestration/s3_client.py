@@ -178,6 +178,7 @@ def _boto_client(patience: Patience) -> Any:
         response_checksum_validation=settings.get("AWS_RESPONSE_CHECKSUM_VALIDATION", "when_supported"),
         connect_timeout=patience.connect_s,
         read_timeout=patience.read_s,
+        max_pool_connections=16,  # a few files at once, of which each comes in a few parts at once
         retries={"mode": "standard", "total_max_attempts": 1},  # `Retries` does all of it
     )
     # A session of its own: boto3's default session is not made for several threads.

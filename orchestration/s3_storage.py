@@ -35,7 +35,7 @@ Found = list[dict[str, Any]]  # inside the class, `list` is its method
 
 PART = 8 * 2**20  # bytes; files from this size on travel in parts, the lower end of what AWS recommends
 MAX_PARTS = 10_000  # of an upload, by S3's rules
-PARTS_AT_ONCE = 4
+AT_ONCE = 4  # parts of a file, and files of a directory
 ABANDONED_S = 24 * 3600  # an upload begun so long ago belongs to a writer that died
 
 
@@ -248,12 +248,15 @@ class S3Storage(Storage):
         return self.client.call("GET", path, request)
 
     def _verified(self, path: str, manifest: Manifest, into: Path) -> Path:
+        def bring(file: tuple[str, FileEntry]) -> None:
+            if problem_of(into, *file):
+                self._bring(path, *file, into)
+
         into.parent.mkdir(parents=True, exist_ok=True)
         with (into.parent / f".{into.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # of the workers of a machine, which ask for the same, one brings it
-            for name, entry in manifest.files.items():
-                if problem_of(into, name, entry):
-                    self._bring(path, name, entry, into)
+            for _ in _in_order(bring, manifest.files.items()):
+                pass
             (into / MANIFEST).write_text(manifest.to_json())
         return into
 
@@ -291,15 +294,18 @@ class S3Storage(Storage):
 
 
 def _in_order(work: Callable[[A], B], items: Iterable[A]) -> Iterator[B]:
-    """The results in order, a few at a time worked on, and no more than that in memory."""
-    with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
+    """The results in order, a few at a time worked on, and no more than that in memory; of failures the first."""
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
         begun: deque[Future[B]] = deque()
         for item in items:
             begun.append(pool.submit(work, item))
-            if len(begun) > PARTS_AT_ONCE:
+            if len(begun) > AT_ONCE:
                 yield begun.popleft().result()
         for result in begun:
             yield result.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _sha256(data: bytes) -> str:

@@ -30,7 +30,7 @@ def trial_experiment(experiment: Experiment, label: str, params: Mapping[str, An
     Args:
         experiment: with a sweep section.
         label: `standard`, `matched`, or `t<number>`.
-        params: dotted keys, set as `--set` does.
+        params: dotted keys, set as `--set` does; `mixture.slowing_law=independent` alone sets gamma to 0 with it.
 
     Raises:
         ValueError: one line that names the parameters, what is wrong and the mend.
@@ -40,6 +40,8 @@ def trial_experiment(experiment: Experiment, label: str, params: Mapping[str, An
     raw["arms"] = {STANDARD: {"mixture": asdict(experiment.standard)}}
     if label != STANDARD:
         raw["arms"][label] = {"judged": False, "mixture": {"condition_on": "m"} if label == MATCHED else {}}
+    if params.get("mixture.slowing_law") == "independent" and "mixture.gamma" not in params:
+        put(raw, "mixture.gamma", 0)  # that law has no range: without this it could not be searched beside the other
     for key, value in params.items():
         put(raw, f"arms.{label}.{key}" if key.startswith("corrective.") else key, value)
     at = ", ".join(f"{key}={value}" for key, value in params.items())

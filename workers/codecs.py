@@ -21,7 +21,6 @@ from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional
 
-from workers.data import to_latent
 from workers.manifest import measure
 from workers.models.rae_decoder import load_rae_decoder, load_rae_statistics
 from workers.pretrained import load_dinov2, load_vae, read_json
@@ -143,10 +142,6 @@ class Codec:
         (B, 2C, h, w), so that training can draw anew each time; rae: normalised latents, float32.
         """
         raise NotImplementedError
-
-    def latent(self, stored: Tensor, noise: Tensor | None = None) -> Tensor:
-        """See `data.to_latent`."""
-        return to_latent(self.config.description, stored, noise)
 
     def decode(self, latent: Tensor) -> Tensor:
         """Latents (B, C, h, w) to pixels (B, C, S, S), uint8, on the codec's device."""

@@ -311,7 +311,7 @@ class Encoder:
         whole: dict[str, Any] = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         part = ImageSet(codec=recipe.codec.description, **whole)
         write_shard(part, path, num_classes=recipe.num_classes)
-        return Encoded(Statistics.of(part, recipe.num_classes), unreadable)
+        return Encoded(Statistics.of(part), unreadable)
 
     def _columns(self, pixels: Tensor, split: Split, places: Sequence[Place]) -> dict[str, np.ndarray]:
         """What is stored of one batch."""

@@ -38,7 +38,7 @@ def write_shards(splits: Mapping[Split, ImageSet], directory: Path, *, num_class
         for number, start in enumerate(range(0, len(images.labels), rows)):
             part = slice_of(images, slice(start, start + rows))
             write_shard(part, shard_path(directory, split, number), num_classes=num_classes)
-            statistics.setdefault(split, []).append(Statistics.of(part, num_classes))
+            statistics.setdefault(split, []).append(Statistics.of(part))
     write_statistics(statistics, directory)
 
 
@@ -87,7 +87,7 @@ class Statistics:
     per_channel: int
 
     @classmethod
-    def of(cls, part: ImageSet, num_classes: int) -> Statistics:
+    def of(cls, part: ImageSet) -> Statistics:
         """Statistics of one shard."""
         values = part.images.astype(np.float64)
         labels, counts = np.unique(part.labels, return_counts=True)

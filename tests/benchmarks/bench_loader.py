@@ -20,7 +20,7 @@ from bench_loop import CPU, local_io
 from bench_note import Figure, Outcome, figure
 
 from orchestration.recipe import load
-from orchestration.s3_storage import PART, PARTS_AT_ONCE
+from orchestration.s3_storage import AT_ONCE, PART
 from orchestration.storage import Storage, open_storage
 from workers import train
 from workers.config import RunConfig
@@ -110,7 +110,7 @@ def _read_all(storage: Any, manifest: Manifest) -> None:
         key, first, last = part
         return len(client.get_object(Bucket=BUCKET, Key=key, Range=f"bytes={first}-{last}")["Body"].read())
 
-    with ThreadPoolExecutor(PARTS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
         assert sum(pool.map(read, parts)) == sum(entry.size for entry in manifest.files.values())
 
 

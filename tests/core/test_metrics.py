@@ -17,7 +17,6 @@ from mixflow_core.metrics import (
     inception_score,
     kernel_distance,
     precision_recall,
-    subset_kernel_distance,
 )
 
 
@@ -213,17 +212,6 @@ def test_kernel_distance_is_unbiased():
     values = [kernel_distance(normals(2 * k, 20, 3), normals(2 * k + 1, 20, 3)) for k in range(400)]
     assert abs(np.mean(values)) < 4 * np.std(values) / math.sqrt(400)
     assert min(values) < 0
-
-
-def test_kernel_distance_over_subsets_is_the_published_mean_and_deviation():
-    a, b = features(1, 30, 4), features(2, 23, 4, shift=0.5)
-    rows = np.random.default_rng(3)
-    subsets = [tuple(torch.from_numpy(rows.choice(n, 9, replace=False)) for n in (30, 23)) for _ in range(6)]
-    values = [naive_kernel_distance(a[i], b[j]) for i, j in subsets]
-    found = subset_kernel_distance(a, b, subsets)
-    assert found == pytest.approx((np.mean(values), np.std(values)), rel=1e-10)
-    # Both estimate the same number.
-    assert abs(found[0] - kernel_distance(a, b)) < 4 * np.std(values) / math.sqrt(6)
 
 
 def naive_coverage(support, points, k):

@@ -17,11 +17,11 @@ from mixflow_core.statistics import (
     pairs_needed,
     quantile_ranks,
     ratio_interval,
+    seed_variance,
     share_interval,
     student_cdf,
     student_interval,
     student_quantile,
-    variance_parts,
 )
 
 # Student's t
@@ -122,42 +122,30 @@ def test_no_interval_without_seeds(values, message):
         nested_interval(values)
 
 
-def test_variance_parts_are_those_computed_by_hand():
-    # Means 2, 6 and 7 about 5; squares within 2 + 2 + 2 over 3 degrees; between 2 (9 + 1 + 4) over 2.
-    parts = variance_parts([[1.0, 3.0], [5.0, 7.0], [6.0, 8.0]])
-    assert (parts.within, parts.between) == (pytest.approx(2), pytest.approx((14 - 2) / 2))
-    # Of 3 and 1 seeds: means 2 and 6 about 3; within 8 over 2 degrees; between 3 + 9 over 1; seeds each 4 - 10 / 4.
-    parts = variance_parts([[0.0, 2.0, 4.0], [6.0]])
-    assert (parts.within, parts.between) == (pytest.approx(4), pytest.approx((12 - 4) / 1.5))
-    f = stats.f_oneway([1.0, 3.0], [5.0, 7.0], [6.0, 8.0]).statistic
-    assert f == pytest.approx(14 / 2)
+def test_seed_variance_is_that_computed_by_hand():
+    # Squares within 2 + 2 + 2 over 3 degrees of freedom.
+    assert seed_variance([[1.0, 3.0], [5.0, 7.0], [6.0, 8.0]]) == pytest.approx(2)
+    # Of 3 and 1 seeds: 8 over 2 degrees.
+    assert seed_variance([[0.0, 2.0, 4.0], [6.0]]) == pytest.approx(4)
 
 
 @pytest.mark.parametrize("seeds", [(3, 3, 3, 3), (1, 2, 5, 4)])
-def test_variance_parts_are_unbiased(seeds):
+def test_seed_variance_is_unbiased(seeds):
     numbers = np.random.default_rng(3)
-    found = []
-    for _ in range(4000):
-        bases = numbers.normal(5, 0.5, len(seeds))
-        found.append(
-            variance_parts([numbers.normal(base, 1.0, k).tolist() for base, k in zip(bases, seeds, strict=True)])
-        )
-    for part, truth in (("between", 0.25), ("within", 1.0)):
-        values = np.array([getattr(parts, part) for parts in found])
-        assert abs(values.mean() - truth) < 3.5 * values.std() / math.sqrt(len(values))
-    assert min(parts.between for parts in found) < 0  # clamped, it would not be unbiased
+    bases = numbers.normal(5, 0.5, (4000, len(seeds)))
+    found = np.array(
+        [
+            seed_variance([numbers.normal(base, 1.0, k).tolist() for base, k in zip(of, seeds, strict=True)])
+            for of in bases
+        ]
+    )
+    assert abs(found.mean() - 1.0) < 3.5 * found.std() / math.sqrt(len(found))
 
 
-@pytest.mark.parametrize(
-    ("values", "message"),
-    [
-        ([[1.0, 2.0]], r"^values must be of 2 or more bases, got 1; add bases$"),
-        ([[1.0], [2.0]], r"^values must have two seeds in one base or more, got one in each; run more replicates$"),
-    ],
-)
-def test_variance_parts_ask_for_both_kinds(values, message):
+def test_seed_variance_asks_for_two_seeds():
+    message = r"^values must have two seeds in one base or more, got one in each; run more replicates$"
     with pytest.raises(ValueError, match=message):
-        variance_parts(values)
+        seed_variance([[1.0], [2.0]])
 
 
 # Bootstrap

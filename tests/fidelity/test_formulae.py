@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
@@ -18,7 +17,6 @@ from mixflow_core.metrics import (
     inception_score,
     kernel_distance,
     precision_recall,
-    subset_kernel_distance,
 )
 
 D = 256
@@ -45,18 +43,6 @@ def test_frechet_distance():
     merged = parts[0].merge(parts[1]).merge(parts[2])
     reference = Gaussian(*(torch.from_numpy(statistics[1][key]) for key in ("mu", "sigma")))
     assert frechet_distance(merged, reference) == close(expected)
-
-
-def test_kernel_distance_on_the_same_subsets():
-    settings = {"kid_subsets": 20, "kid_subset_size": 400, "rng_seed": 2020, "verbose": False}
-    expected = kid_features_to_metric(GENERATED, REAL, **settings)
-    draw = np.random.RandomState(2020)
-    subsets = [
-        tuple(torch.from_numpy(draw.choice(len(x), 400, replace=False)) for x in (GENERATED, REAL)) for _ in range(20)
-    ]
-    mean, deviation = subset_kernel_distance(GENERATED, REAL, subsets)
-    assert mean == close(expected["kernel_inception_distance_mean"])
-    assert deviation == close(expected["kernel_inception_distance_std"])
 
 
 def test_kernel_distance_over_all_pairs_is_what_the_subsets_estimate():

@@ -53,10 +53,9 @@ def test_sigterm_keeps_the_last_step_and_a_hung_worker_is_found(undisturbed: Pat
     # A worker that hangs: its stack is shown, and the group starts again.
     run.until(lambda: _in_an_arm(run, 1), "the middle of the second arm")
     run.find("RayTrainWorker")[0].send_signal(signal.SIGSTOP)
-    run.until(lambda: "was killed; it was at" in run.err.read_text(), "the hung worker is found", 60)
+    run.until(lambda: "post_train (" in run.err.read_text(), "the hung worker is found, and its stack shown", 60)
     said = run.err.read_text()
     assert re.search(r"worker [01] on \S+, pid \d+ has been silent for 1\d s and was killed; it was at", said)
-    assert "post_train (workers/train.py" in said or "post_train (" in said
 
     # The driver is asked to end.
     run.until(lambda: _in_an_arm(run, 2), "the middle of the third arm")

@@ -153,7 +153,11 @@ def test_a_stop_that_the_server_does_not_take_is_sent_again(
 ) -> None:
     monkeypatch.setattr(submit, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=lambda seconds: None))
     server = Server("begun\n", signal.SIGINT, "ended\n")
-    assert submit.follow(server, "job", submit.Log(False)).status == "SUCCEEDED"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert submit.follow(server, "job", submit.Log(False)).status == "SUCCEEDED"
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert server.stops == 2
     assert "RAY_JOB_STOP_WAIT_TIME_S" in capsys.readouterr().err
 

@@ -92,6 +92,15 @@ def test_the_corners_are_built():
         check_space(swept())
 
 
+def test_the_law_without_a_range_is_searched_beside_the_other():
+    interval, independent = check_space(swept("sweep={space: {mixture.slowing_law: 'choice(interval,independent)'}}"))
+    assert interval.mixture == load("quickstart").mixture
+    assert (independent.mixture.slowing_law, independent.mixture.gamma) == ("independent", 0)
+    both = "sweep={space: {mixture.slowing_law: 'choice(interval,independent)', mixture.gamma: 'uniform(0.2,1)'}}"
+    with pytest.raises(ValueError, match="gamma must be 0 with slowing_law 'independent', got 0.2; set gamma to 0"):
+        check_space(swept(both))
+
+
 def test_a_sweep_is_known_by_what_its_trials_share():
     one = sweep_identity(swept("sweep={space: {mixture.gamma: 'uniform(0,1)'}}"))
     for same in ("sweep={num_trials: 99, search: optuna, scheduler: asha}", "cluster.num_workers=1", "replicates=9"):

@@ -57,7 +57,7 @@ class Finished:
     @property
     def data(self):
         artifact = self.workspace.result("data")
-        return open_shards(Path(artifact.full_uri), artifact.manifest, Path(artifact.uri) / "cache")
+        return open_shards(Path(artifact.full_uri), artifact.manifest, self.home / "cache" / "data")
 
     def weights(self, stage: str) -> dict[str, torch.Tensor]:
         return load_weights(Path(self.workspace.result(stage).full_uri) / "weights.safetensors")

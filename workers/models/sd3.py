@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -393,29 +393,6 @@ def save_lora(directory: Path, config: SD3Config, weights: Mapping[str, Tensor])
     directory.mkdir(parents=True, exist_ok=True)
     about = {"format": "pt", LORA_METADATA: json.dumps(settings, sort_keys=True)}
     save_tensors(adapters, directory / LORA_FILE, about)
-
-
-def load_lora(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Reads adapters that `save_lora` or diffusers wrote.
-
-    Returns:
-        lora_rank and lora_alpha, and the adapters under SD3's names: with a transformer's own weights they load.
-
-    Raises:
-        ValueError: the directory has no such file, or it holds something else.
-    """
-    path = directory / LORA_FILE
-    found = {}
-    for name, value in _load(path).items():
-        stem, _, kind = name.removeprefix("transformer.").rpartition(".")
-        found[f"{stem}.default.{kind}"] = value
-    ranks = {value.shape[0] for name, value in found.items() if ".lora_A." in name}
-    if len(ranks) != 1 or not all(map(is_adapter, found)):
-        raise ValueError(f"{path} must hold LoRA adapters of one rank and nothing else, got ranks {sorted(ranks)}")
-    with safe_open(path, "pt") as file:
-        settings = json.loads((file.metadata() or {}).get(LORA_METADATA, "{}"))
-    rank = ranks.pop()
-    return {"lora_rank": rank, "lora_alpha": float(settings.get("transformer.lora_alpha", rank))}, found
 
 
 def save_tensors(weights: Mapping[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
