@@ -27,6 +27,7 @@ Method = Literal["euler", "heun", "dopri5", "sde", "sde_heun"]
 Guidance = Literal["classifier_free", "autoguidance"]
 DiffusionForm = Literal["sbdm", "sigma", "linear", "decreasing", "increasing_decreasing"]
 LastStep = Literal["none", "mean", "tweedie", "euler"]
+MOST_STEPS = 10_000  # 40 times what is published; more is a slip
 
 
 class CountedField:
@@ -195,7 +196,7 @@ class Sampler:
         method: `euler`, `heun` (2 evaluations a step), `sde` (Euler-Maruyama: num_steps - 1 noisy steps and one last
             noise-free step), `sde_heun` (the same with a corrector: 2 evaluations a noisy step), or `dopri5` (adaptive;
             num_steps has no meaning and must be 1).
-        num_steps: steps, at least 1 (2 for an SDE with a last step).
+        num_steps: steps, at least 1 (2 for an SDE with a last step) and at most 10,000.
         guidance_scale: s in v_u + s (v_c - v_u); 1 is unguided.
         shift: timestep shift of the grid, >= 1; 1 is none.
         start, end: first and last time before the shift. A model that was trained or published on a part of [0, 1] is
@@ -234,6 +235,8 @@ class Sampler:
         least = 2 if self.is_sde and self.last_step != "none" else 1
         if self.num_steps < least:
             raise ValueError(f"num_steps must be at least {least} for {self.method}, got {self.num_steps}")
+        if self.num_steps > MOST_STEPS:
+            raise ValueError(f"num_steps must be at most {MOST_STEPS}, got {self.num_steps}; lower it")
         if self.method == "dopri5" and self.num_steps != 1:
             raise ValueError(f"num_steps must be 1 for dopri5, which chooses its own steps, got {self.num_steps}")
         if not 1 <= self.guidance_scale < math.inf:
@@ -253,10 +256,19 @@ class Sampler:
         lowest, highest = self.guidance_interval
         if not 0 <= lowest < highest <= 1:
             raise ValueError(f"guidance_interval must satisfy 0 <= low < high <= 1, got {[lowest, highest]}")
+        for name in ("guidance", "guidance_channels", "guidance_interval"):
+            if self.guidance_scale == 1 and getattr(self, name) != getattr(Sampler, name):
+                raise ValueError(
+                    f"{name} must be left out at guidance_scale 1, which is unguided, got {getattr(self, name)!r}; "
+                    "raise guidance_scale, or remove it"
+                )
         if not 0 < self.last_step_size < 1 - self.start:
             raise ValueError(f"last_step_size must lie in (0, 1 - start), got {self.last_step_size}")
-        if not self.is_sde and (self.diffusion, self.last_step, self.last_step_size) != ("sigma", "mean", 0.04):
-            raise ValueError(f"diffusion and last_step must be left out for {self.method}, which has no noise")
+        for name in ("diffusion", "last_step", "last_step_size"):
+            if not self.is_sde and getattr(self, name) != getattr(Sampler, name):
+                raise ValueError(
+                    f"{name} must be left out for {self.method}, which has no noise, got {getattr(self, name)!r}"
+                )
 
     @property
     def is_sde(self) -> bool:

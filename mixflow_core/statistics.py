@@ -24,8 +24,14 @@ class Interval:
     n: int
 
 
-def student_interval(values: Sequence[float], *, confidence: float = 0.95) -> Interval:
+def student_interval(values: Sequence[float], *, confidence: float = 0.95, least_sd: float = 0.0) -> Interval:
     """Student's t interval of the mean of independent values, for instance paired differences between two arms.
+
+    Args:
+        values: at least two.
+        confidence: of the interval.
+        least_sd: what their standard deviation is taken as at least. Values that move in steps, such as shares of N
+            images, may all be equal by chance; without it the interval would then be a point.
 
     Raises:
         ValueError: fewer than two values, from which no interval can be computed.
@@ -34,25 +40,24 @@ def student_interval(values: Sequence[float], *, confidence: float = 0.95) -> In
     if n < 2:
         raise ValueError(f"values must number at least 2 for an interval, got {n}; run more replicates")
     mean = _mean(values)
-    sd = math.sqrt(_squares(values) / (n - 1))
+    sd = max(math.sqrt(_squares(values) / (n - 1)), least_sd)
     half = student_quantile((1 + confidence) / 2, n - 1) * sd / math.sqrt(n)
     return Interval(mean, mean - half, mean + half, sd, n)
 
 
-def nested_interval(values: Sequence[Sequence[float]], *, confidence: float = 0.95) -> Interval:
+def nested_interval(values: Sequence[Sequence[float]], *, confidence: float = 0.95, least_sd: float = 0.0) -> Interval:
     """Student's t interval of paired differences, `values[b][k]` that of base b and training seed k.
 
     Seeds of one base share the base's luck, so with several bases the independent values are the bases' means, each
     counted once however many seeds it has; `n` is their number. With one base they are its seeds, and the interval
-    speaks of that base alone.
+    speaks of that base alone. `least_sd` is that of `student_interval`.
 
     Raises:
         ValueError: no base, a base without seeds, or one base with one seed.
     """
     _require_seeds(values)
-    return student_interval(
-        values[0] if len(values) == 1 else [_mean(seeds) for seeds in values], confidence=confidence
-    )
+    means = values[0] if len(values) == 1 else [_mean(seeds) for seeds in values]
+    return student_interval(means, confidence=confidence, least_sd=least_sd)
 
 
 def ratio_interval(a: Tensor, b: Tensor, *, confidence: float = 0.95) -> Interval:

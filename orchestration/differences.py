@@ -53,7 +53,12 @@ def call(metric: str, interval: Interval) -> Call:
 
 
 def difference(
-    metric: str, arm: Sequence[Sequence[float]], control: Sequence[Sequence[float]], *, effect: float | None = None
+    metric: str,
+    arm: Sequence[Sequence[float]],
+    control: Sequence[Sequence[float]],
+    *,
+    effect: float | None = None,
+    step: float = 0.0,
 ) -> dict[str, Any]:
     """An arm minus its control in one cell, as plain JSON. A single pair has no interval: `low`, `high`, `sd` are None.
 
@@ -62,27 +67,36 @@ def difference(
         arm: values by base and seed, `arm[b][k]`.
         control: values at the same bases and seeds.
         effect: the difference worth seeing, as a share of the control's mean.
+        step: in which the metric moves, 1 / N for a share of N images: differences that are equal by chance do not
+            vary less than that.
 
     Returns:
-        The Interval over the seeds of one base, or over several bases; `bases`, their number; the `call`; and
-        `pairs_needed` to see the effect in four of five experiments, counted in what the interval counts. That is None
-        where no effect is asked for, where it is 0 because the control's mean is, and where it takes more than the most
-        replicates there may be.
+        The Interval over the seeds of one base, or over several bases; `bases`, their number; the `call`; `less_than`,
+        the effect where the interval lies within it, else None; and `pairs_needed` to see the effect in four of five
+        experiments, counted in what the interval counts. That is None where no effect is asked for, where it is 0
+        because the control's mean is, and where it takes more than the most replicates there may be.
     """
     pairs = [[x - y for x, y in zip(a, c, strict=True)] for a, c in zip(arm, control, strict=True)]
     if sum(map(len, pairs)) == 1:
-        return {**spread(pairs), "call": "inconclusive", "pairs_needed": None}
-    interval = nested_interval(pairs)
+        return {**spread(pairs), "call": "inconclusive", "less_than": None, "pairs_needed": None}
+    interval = nested_interval(pairs, least_sd=step)
     size = (effect or 0) * abs(_mean([_mean(seeds) for seeds in control]))
     needed = pairs_needed(interval.sd, size) if size else None
-    return {**asdict(interval), "bases": len(pairs), "call": call(metric, interval), "pairs_needed": needed}
+    is_less = size > 0 and -size < interval.low and interval.high < size
+    return {
+        **asdict(interval),
+        "bases": len(pairs),
+        "call": call(metric, interval),
+        "less_than": effect if is_less else None,
+        "pairs_needed": needed,
+    }
 
 
-def spread(values: Sequence[Sequence[float]]) -> dict[str, Any]:
+def spread(values: Sequence[Sequence[float]], step: float = 0.0) -> dict[str, Any]:
     """The Interval of values by base and seed, and the number of bases, as plain JSON; one value has no bounds."""
     if sum(map(len, values)) == 1:
         return {"mean": values[0][0], "low": None, "high": None, "sd": None, "n": 1, "bases": 1}
-    return {**asdict(nested_interval(values)), "bases": len(values)}
+    return {**asdict(nested_interval(values, least_sd=step)), "bases": len(values)}
 
 
 def is_of_one_base(found: Mapping[str, Any], bases: int) -> bool:

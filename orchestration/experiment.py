@@ -252,12 +252,13 @@ class Experiment(Frozen):
         """The arms that `arm` is compared with.
 
         Standard training; the matched marginal of what is slowed (of every slowed arm, for an arm that is not slowed
-        itself); and for an arm that differs from another in its sampling alone, that other one.
+        itself); and for an arm with other remedies, those that lack its remedies in training or in sampling alone.
         """
         ways = {name: self._way_of(name) for name in self.arms}
         own, off = ways[arm], (TrainingCorrective(), SamplingCorrective())
         names = [name for name, way in ways.items() if way == (self.standard, *off)][:1]
-        names += [name for name, way in ways.items() if way != own and way == (*own[:2], SamplingCorrective())][:1]
+        for lacking in ((*own[:2], SamplingCorrective()), (own[0], TrainingCorrective(), own[2])):
+            names += [name for name, way in ways.items() if way != own and way == lacking][:1]
         slowed = own[0] is not None and not own[0].is_standard
         for name, way in ways.items():
             if way[0] is not None and way[0].condition_on == "m":
@@ -276,6 +277,11 @@ class Experiment(Frozen):
         if self.codec:
             return self.codec.channels, self.codec.image_size, self.codec.image_size
         return self.model.in_channels, self.model.input_size, self.model.input_size
+
+    @property
+    def is_autoguided(self) -> bool:
+        """Whether a cell is sampled with the guide."""
+        return any(s.guidance == "autoguidance" for s in self.evaluation.samplers)
 
     @property
     def num_pairs(self) -> int:

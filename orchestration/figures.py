@@ -85,7 +85,7 @@ def count_curves(arms: Mapping[str, Any], cell: str, colours: Mapping[str, str])
             axis.set_xticks(numbers, [str(count) for count in numbers])
             axis.minorticks_off()
             _dress(axis, short_title(metric), "samples")
-        figure.legend(loc="outside lower center", ncols=6, fontsize=7)
+        figure.legend(loc="outside lower center", ncols=4, fontsize=7)
 
     return picture(draw, _size(len(metrics)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -42,6 +43,7 @@ from workers.sources import is_there, list_source
 
 FACTS_VERSION = 2
 USUAL_RMS = 0.2, 5.0  # of what a model sees; noise has 1, and published latents are scaled to it
+MANY = 10  # images a feature; with fewer a warning says that a Frechet distance is biased
 
 
 class Checked(NamedTuple):
@@ -96,7 +98,7 @@ def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> Checked:
                 f"model.num_classes must be the {found} of data.images.source, got {experiment.model.num_classes}"
             )
         _check_encoders(experiment, settings, experiment.codec.image_size)
-    _check_evaluation(experiment, facts)
+    warnings += _check_evaluation(experiment, facts)
     for checkpoint in (given_base(experiment), given_guide(experiment)):
         if checkpoint and workspace.artifact(checkpoint.stage) is None:
             with given_weights(checkpoint):
@@ -162,24 +164,29 @@ def _uris(experiment: Experiment) -> Iterator[tuple[str, str]]:
 # ----------------------------------------------------------------------------------------------------- evaluation
 
 
-def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> None:
+def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> list[str]:
     """Opens what images are compared with and in, and looks whether there are enough of them.
 
     Args:
         experiment: whose evaluation.
         facts: of the data, as they will be at best while they are not encoded; empty for digits still to be made.
 
+    Returns:
+        A line for a warning of each metric that will be biased or missing.
+
     Raises:
         ValueError: weights or a reference that cannot be used, fewer images than a covariance needs, or a primary
             metric on which no verdict can be taken.
     """
     evaluation = experiment.evaluation
-    split, known = evaluation.reference.split, None
+    split, known, warnings = evaluation.reference.split, None, list[str]()
     split_images = facts[split]["num_images"] if split and facts else None
     if evaluation.reference.npz:
         with of_section("evaluation.reference", "npz", "sha256"):
             path = Path(local_copy("npz", evaluation.reference.npz, evaluation.reference.sha256 or ""))
-            if (found := measure(path).sha256 if path.is_file() else "no file") != evaluation.reference.sha256:
+            if not path.is_file():
+                raise ValueError(f"npz must be a file, got {path}, which is none; correct the path")
+            if (found := measure(path).sha256) != evaluation.reference.sha256:
                 raise ValueError(f"sha256 must be that of npz, {found}, got {evaluation.reference.sha256}; correct it")
             known = read_reference(path, image_size=experiment.image_shape[1])
         kinds = [config.kind for config in evaluation.extractors]
@@ -188,7 +195,10 @@ def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> None:
                 "evaluation.extractors must have inception where evaluation.reference is an npz, whose statistics are "
                 f"of its features, got {', '.join(kinds)}; add it"
             )
-    _check_primary(experiment, known)
+    missing = _check_primary(experiment, known)
+    if missing:
+        names = ", ".join(sorted(missing))
+        warnings.append(f"evaluation.reference does not hold what {names} would be compared with: not measured")
     for number, config in enumerate(evaluation.extractors):
         if config.kind == "digits":
             dimension = NUM_FEATURES
@@ -199,6 +209,11 @@ def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> None:
                 continue
             dimension = found_dimension
         for setting, num_samples in _images_measured(experiment, config.kind).items():
+            if dimension < num_samples < MANY * dimension:
+                warnings.append(
+                    f"{setting} {num_samples} is less than {MANY} times the {dimension} features of {config.kind}: "
+                    "with so few its Frechet distance is much too large, and a difference may be one of that bias"
+                )
             if num_samples <= dimension:
                 raise ValueError(
                     f"{setting} must be more than the {dimension} features of {config.kind}, or their covariance has "
@@ -208,14 +223,16 @@ def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> None:
         if known and config.kind != "inception":  # whose statistics are given
             images_there = known.num_images or 0
         if images_there is not None and images_there <= dimension:
-            mend = "compare with a split, or leave this one out"
-            if split:
-                mend = "hold out more, or compare with train" if split == "held_out" else "leave this one out"
+            mend = "leave this one out" if split else "compare with a split, or leave this one out"
+            if split == "held_out":
+                enough = facts["train"]["num_images"] > dimension
+                mend = f"hold out more, or {'compare with train' if enough else 'leave this one out'}"
             raise ValueError(
                 f"evaluation.reference must have more than the {dimension} features of {config.kind}, got "
                 f"{images_there} images in {split or 'npz'}; {mend}"
             )
     _check_patches(experiment, known.num_images if known else split_images)
+    return warnings
 
 
 def _images_measured(experiment: Experiment, kind: str) -> dict[str, int]:
@@ -230,7 +247,7 @@ def _check_patches(experiment: Experiment, reference_images: int | None) -> None
     """Whether there are more patches than numbers in one, without which their covariance has no full rank."""
     evaluation, (channels, side, _) = experiment.evaluation, experiment.image_shape
     patch = min(PATCH, side)
-    numbers, patches = channels * patch**2, (side // patch) ** 2
+    numbers, patches = channels * patch**2, math.ceil(side / patch) ** 2
     for name, count in (("num_samples", evaluation.num_samples), ("reference", reference_images)):
         if count is not None and count * patches <= numbers:
             raise ValueError(
@@ -239,8 +256,8 @@ def _check_patches(experiment: Experiment, reference_images: int | None) -> None
             )
 
 
-def _check_primary(experiment: Experiment, known: AdmReference | None) -> None:
-    """A reference of statistics alone does not give every metric; a verdict reads a recall beside the primary one."""
+def _check_primary(experiment: Experiment, known: AdmReference | None) -> set[str]:
+    """The metrics that a reference of statistics alone does not give: not the primary one, nor the recall beside it."""
     evaluation = experiment.evaluation
     metric, measured = evaluation.primary.partition("/")[0], set(evaluation.metrics)
     names = metric_names("inception")
@@ -257,6 +274,7 @@ def _check_primary(experiment: Experiment, known: AdmReference | None) -> None:
         measured -= of_images
     if any(arm.judged for arm in experiment.arms.values()):
         recall_beside(metric, measured)
+    return set(evaluation.metrics) - measured
 
 
 # ----------------------------------------------------------------------------------------------------------- data

@@ -12,7 +12,8 @@ from typing import Any
 import jinja2
 
 from orchestration.differences import counted, is_of_one_base, unit_of
-from orchestration.results import format_interval
+from orchestration.protocols import is_adaptive
+from orchestration.results import decimals_of, format_interval
 from orchestration.titles import companions, short_title, title
 
 # Of arms, in turn.
@@ -35,7 +36,7 @@ def render(template: str, **values: Any) -> str:
     )
     environment.filters.update(interval=format_interval, title=title, short_title=short_title, number=number)
     environment.filters.update(counted=counted, unit_of=unit_of)
-    environment.tests.update(of_one_base=is_of_one_base)
+    environment.tests.update(of_one_base=is_of_one_base, adaptive=is_adaptive)
     script = folder.joinpath("page.js").read_text()
     hashed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     environment.globals.update(companions=companions, generator=GENERATOR, script=script, script_hash=hashed)
@@ -63,6 +64,4 @@ def number(value: float | None, *, signed: bool = False) -> str:
     """A number with the decimals that its size asks for; a dash for one that is not there."""
     if value is None:
         return "\u2013"
-    size = abs(value)
-    decimals = 2 if size >= 10 else 3 if size >= 1 else 4
-    return f"{value:{'+' if signed else ''}.{decimals}f}"
+    return f"{value:{'+' if signed else ''}.{decimals_of(abs(value))}f}"

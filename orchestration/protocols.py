@@ -10,7 +10,7 @@ from workers.manifest import canonical_hash
 # A cell's name is its whole sampler, so cells of one name compare whatever other cells stand beside them; runs
 # of unequal numbers of seeds may share a table, which shows beside each interval how many it is over.
 NOT_COMPARED = ("samplers", "nfe", "replicates")
-ADAPTIVE = "dopri5"  # how often it calls the network is an outcome and no setting
+ADAPTIVE = "dopri5"
 
 
 class Difference(NamedTuple):
@@ -19,6 +19,11 @@ class Difference(NamedTuple):
     key: str
     first: Any
     second: Any
+
+
+def is_adaptive(cell: str) -> bool:
+    """Whether the number of network evaluations is an outcome of the cell's sampler and no setting."""
+    return cell.startswith(ADAPTIVE)
 
 
 def fingerprint(protocol: Mapping[str, Any]) -> str:
@@ -36,7 +41,7 @@ def difference(first: Mapping[str, Any], second: Mapping[str, Any]) -> Differenc
             return _innermost(Difference(key, first.get(key), second.get(key)))
     counts = first.get("nfe", {}), second.get("nfe", {})
     for cell in counts[0]:
-        if cell in counts[1] and not cell.startswith(ADAPTIVE) and counts[0][cell] != counts[1][cell]:
+        if cell in counts[1] and not is_adaptive(cell) and counts[0][cell] != counts[1][cell]:
             return Difference(f"nfe.{cell}", counts[0][cell], counts[1][cell])
     return None
 

@@ -25,7 +25,9 @@ def write_report(workspace: Workspace, summary: Mapping[str, Any], directory: Pa
     experiment, storage = workspace.experiment, workspace.storage
     arms, nfe, metrics = summary["arms"], summary["protocol"]["nfe"], metrics_of(summary)
     colours = dict(zip(experiment.arms, cycle(COLOURS), strict=False))
-    counts = count_curves(arms, summary["primary"].partition("/")[2], colours)
+    cell = summary["primary"].partition("/")[2]
+    counted = _counts(arms, cell)
+    counts = count_curves(arms, cell, colours) if counted else None
     slow_flow = _slow_flow_figures(workspace)
     figures = {
         "metrics.png": metric_curves(arms, metrics, nfe, colours),
@@ -42,6 +44,7 @@ def write_report(workspace: Workspace, summary: Mapping[str, Any], directory: Pa
         summary=summary,
         rows=[{"name": name, "colour": colours[name], "arm": arm} for name, arm in arms.items()],
         metrics=metrics,
+        counted_metrics=counted,
         cells=[s.name for s in experiment.evaluation.samplers],
         figures={name: data_uri(content) for name, content in figures.items()},
         slow_flow=dict(zip((s.name for s in experiment.slow_flow_samplers), slow_flow, strict=True)),
@@ -59,6 +62,12 @@ def metrics_of(summary: Mapping[str, Any]) -> list[str]:
     """Every metric that a summary holds, in its order."""
     cells = [found for arm in summary["arms"].values() for found in arm["metrics"].values()]
     return list(dict.fromkeys(metric for found in cells for metric in found))
+
+
+def _counts(arms: Mapping[str, Any], cell: str) -> dict[str, list[int]]:
+    """Metric -> the numbers of samples that it was measured with in a cell, where there are several."""
+    first = next(iter(arms.values())).get("by_count", {}).get(cell, {})
+    return {metric: [row[0] for row in rows] for metric, rows in first.items() if len(rows) > 1}
 
 
 def text_table(summary: Mapping[str, Any]) -> str:

@@ -11,17 +11,21 @@ from typing import Any
 from mixflow_core.statistics import seed_variance
 from orchestration.differences import agreement, difference, recall_beside, spread
 from orchestration.experiment import Experiment
+from orchestration.protocols import fingerprint, is_adaptive
 from orchestration.sections import Claim
 from orchestration.workflow import PATHS_OF_CODEC, Workspace
 from workers.evaluate import BATCH, ESTIMATORS
 from workers.sample import LABEL_LAWS
 
 # One metrics.json: cell -> metric -> value, and beside the metrics, where they were measured,
-# within: metric -> sd over resamples of the images, and by_count: metric -> number of images -> value.
+# within: metric -> sd over resamples of the images, by_count: metric -> number of images -> value, and step: metric ->
+# what it moves in, where it is a share of images.
 Replicate = Mapping[str, Mapping[str, Any]]
-BESIDE = ("within", "by_count")
+BESIDE = ("within", "by_count", "step")
 # metric -> cell -> one value a replicate
 Values = Mapping[str, Mapping[str, list[float]]]
+
+SMALL = 0.01  # below it four decimals say little
 
 RULE = (
     "An arm is promoted when, on the primary cell, the 95 % Student interval of its paired difference lies on the "
@@ -61,8 +65,9 @@ def judge(
     primary: str,
     recall_margin: float,
     seeds: int | None = None,
+    steps: Mapping[str, float] | None = None,
 ) -> Verdict:
-    """The rule, applied to one arm; `seeds` a base, None where there is one base.
+    """The rule, applied to one arm; `seeds` a base, None where there is one base; `steps` of metrics as in difference.
 
     Raises:
         ValueError: the primary metric, or a recall beside it, was not measured.
@@ -73,7 +78,7 @@ def judge(
     words = {"better": "better than", "worse": "worse than", "inconclusive": "not told apart from"}
     for control in controls:
         both = (by_base(values[name][metric][cell], seeds) for name in (arm, control))
-        d = difference(metric, *both)
+        d = difference(metric, *both, step=(steps or {}).get(metric, 0))
         calls.append(d["call"])
         change = _mean(values[arm][recall][cell]) - _mean(values[control][recall][cell])
         recall_falls = recall_falls or -change > recall_margin
@@ -90,13 +95,13 @@ def summarise(workspace: Workspace) -> dict[str, Any]:
     experiment, evaluation = workspace.experiment, workspace.experiment.evaluation
     replicates = read_replicates(workspace)
     values = {arm: _values(found) for arm, found in replicates.items()}
-    effect, seeds = evaluation.effect, experiment.replicates
+    effect, seeds, steps = evaluation.effect, experiment.replicates, _steps(replicates)
     arms = {}
     for arm in experiment.arms:
         controls = experiment.controls_of(arm)
         verdict = Verdict("not judged", ())
         if experiment.arms[arm].judged:
-            verdict = judge(arm, controls, values, evaluation.primary, evaluation.recall_margin, seeds)
+            verdict = judge(arm, controls, values, evaluation.primary, evaluation.recall_margin, seeds, steps)
         arms[arm] = {
             "seeds": list(range(experiment.num_pairs)),
             "corrective": _changed(experiment.arms[arm].corrective),
@@ -105,7 +110,7 @@ def summarise(workspace: Workspace) -> dict[str, Any]:
             "metrics": _each(
                 values[arm],
                 lambda m, c, v, r=replicates[arm]: {
-                    **spread(by_base(v, seeds)),
+                    **spread(by_base(v, seeds), steps.get(m, 0)),
                     "values": v,
                     "seeds_sd": _seeds_sd(by_base(v, seeds)),
                     "within_sd": _within_sd(r, c, m),
@@ -115,14 +120,18 @@ def summarise(workspace: Workspace) -> dict[str, Any]:
             "differences": {
                 control: _each(
                     values[arm],
-                    lambda m, c, v, o=values[control]: difference(
-                        m, by_base(v, seeds), by_base(o[m][c], seeds), effect=effect
-                    ),
+                    lambda m, c, v, o=values[control], mine=replicates[arm], its=replicates[control]: {
+                        **difference(
+                            m, by_base(v, seeds), by_base(o[m][c], seeds), effect=effect, step=steps.get(m, 0)
+                        ),
+                        "by_count": _difference_by_count(mine, its, c, m, seeds),
+                    },
                 )
                 for control in controls
             },
             "verdict": asdict(verdict),
         }
+    about = protocol(workspace)
     return {
         "experiment": experiment.name,
         "identity": experiment.identity,
@@ -131,8 +140,9 @@ def summarise(workspace: Workspace) -> dict[str, Any]:
         "rule": RULE.format(margin=evaluation.recall_margin),
         "bases": experiment.bases,
         "arms": arms,
-        "claims": [_claim(claim, values, evaluation.primary, effect, seeds) for claim in experiment.claims],
-        "protocol": protocol(workspace),
+        "claims": [_claim(claim, values, evaluation.primary, effect, seeds, steps) for claim in experiment.claims],
+        "protocol": about,
+        "fingerprint": fingerprint(about),
     }
 
 
@@ -142,13 +152,15 @@ def by_base(values: Sequence[float], seeds: int | None) -> list[list[float]]:
     return [list(values[start : start + seeds]) for start in range(0, len(values), seeds)]
 
 
-def _claim(claim: Claim, values: Mapping[str, Values], primary: str, effect: float, seeds: int) -> dict[str, Any]:
+def _claim(
+    claim: Claim, values: Mapping[str, Values], primary: str, effect: float, seeds: int, steps: Mapping[str, float]
+) -> dict[str, Any]:
     """A publication's claim beside what every cell says in the primary metric."""
     metric = primary.partition("/")[0]
     cells = {}
     for cell, of_arm in values[claim.arm][metric].items():
         of_control = values[claim.control][metric][cell]
-        found = difference(metric, by_base(of_arm, seeds), by_base(of_control, seeds))
+        found = difference(metric, by_base(of_arm, seeds), by_base(of_control, seeds), step=steps.get(metric, 0))
         cells[cell] = {**found, "agreement": agreement(claim.expected, found, effect * abs(_mean(of_control)))}
     return {**claim.model_dump(mode="json"), "metric": metric, "cells": cells}
 
@@ -161,14 +173,13 @@ def _changed(settings: Any) -> dict[str, Any]:
 def protocol(workspace: Workspace) -> dict[str, Any]:
     """What a number depends on besides the arm; numbers of unequal protocols do not belong in one table."""
     experiment = workspace.experiment
-    samples = workspace.result(f"samples/{next(iter(experiment.arms))}/0")
     features, evaluation, codec = workspace.result("features"), experiment.evaluation, _decoder(experiment)
     extractors = {extractor.kind: extractor.sha256[:16] for extractor in evaluation.extractors}
     if "digits" in extractors:
         extractors["digits"] = features.manifest.files["classifier.safetensors"].sha256[:16]
     return {
         "samplers": [asdict(s) for s in evaluation.samplers],
-        "nfe": samples.manifest.meta["nfe"],
+        "nfe": _evaluations(workspace),
         "num_samples": evaluation.num_samples,
         "sample_batch_size": evaluation.sample_batch_size,
         "label_law": LABEL_LAWS[evaluation.label_law],
@@ -177,11 +188,21 @@ def protocol(workspace: Workspace) -> dict[str, Any]:
         **({"codec": codec} if codec else {}),
         "reference": _reference(workspace),
         "extractors": extractors,
+        **({"guide": experiment.guide.sha256[:16]} if experiment.guide and experiment.is_autoguided else {}),
         "extractor_batch_size": BATCH,
         "estimators": ESTIMATORS,
         **({"classifier_accuracy": features.manifest.meta["held_out_accuracy"]} if "digits" in extractors else {}),
         "bases": experiment.bases,
         "replicates": experiment.replicates,
+    }
+
+
+def _evaluations(workspace: Workspace) -> dict[str, int]:
+    """Network evaluations of an image by cell; those of an adaptive sampler, an outcome, as the mean over arms."""
+    arms = [workspace.result(f"samples/{arm}/0").manifest.meta["nfe"] for arm in workspace.experiment.arms]
+    return {
+        cell: round(_mean([nfe[cell] for nfe in arms])) if is_adaptive(cell) else count
+        for cell, count in arms[0].items()
     }
 
 
@@ -208,11 +229,20 @@ def cell_file(cell: str) -> str:
 def format_interval(interval: Mapping[str, Any], *, signed: bool = False) -> str:
     """`mean [low, high]` with the decimals that its size asks for; of a single pair `mean (n = 1)`."""
     size = abs(interval["mean"])
-    decimals = 2 if size >= 10 else 3 if size >= 1 else 4
+    if size < SMALL and interval["low"] is not None:
+        size = max(abs(interval[key]) for key in ("mean", "low", "high"))
+    decimals = decimals_of(size)
     if interval["low"] is None:
         return f"{interval['mean']:{'+' if signed else ''}.{decimals}f} (n = 1)"
     mean, low, high = (f"{interval[key]:{'+' if signed else ''}.{decimals}f}" for key in ("mean", "low", "high"))
     return f"{mean} [{low}, {high}]"
+
+
+def decimals_of(size: float) -> int:
+    """Decimals that show a number of this size to three digits or more; at least 4 below 1, and 12 at most."""
+    if size >= SMALL or size == 0:
+        return 2 if size >= 10 else 3 if size >= 1 else 4
+    return min(12, 2 - math.floor(math.log10(size)))
 
 
 def _check_alike(found: Mapping[str, Sequence[Replicate]]) -> None:
@@ -259,6 +289,30 @@ def _by_count(replicates: Sequence[Replicate], cell: str, metric: str) -> list[l
     counts = sorted(set(found[0]).intersection(*found), key=int)
     columns = {count: [values[count] for values in found] for count in counts}
     return [[int(count), _mean(seen), min(seen), max(seen)] for count, seen in columns.items()]
+
+
+def _difference_by_count(
+    arm: Sequence[Replicate], control: Sequence[Replicate], cell: str, metric: str, seeds: int
+) -> list[dict[str, Any]]:
+    """The paired difference with fewer images, by rising `count`; numbers that not all replicates have are left out."""
+    found = [
+        (mine[cell].get("by_count", {}).get(metric, {}), its[cell].get("by_count", {}).get(metric, {}))
+        for mine, its in zip(arm, control, strict=True)
+        if cell in mine
+    ]
+    counts = set.intersection(*(set(one) for both in found for one in both))
+    return [
+        {"count": int(n), **spread(by_base([mine[n] - its[n] for mine, its in found], seeds))}
+        for n in sorted(counts, key=int)
+    ]
+
+
+def _steps(replicates: Mapping[str, Sequence[Replicate]]) -> dict[str, float]:
+    """What metrics move in, which is the same in all cells; without those that are no share of images."""
+    found: dict[str, float] = {}
+    for cell in next(iter(replicates.values()))[0].values():
+        found.update(cell.get("step", {}))
+    return found
 
 
 def _each(values: Values, make: Any) -> dict[str, dict[str, Any]]:

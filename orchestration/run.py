@@ -229,7 +229,9 @@ def join(workspace: Workspace, cleanup: ExitStack, progress: Progress, *, dashbo
     """Makes this process the driver of a cluster that can hold the experiment, if it is not yet."""
     if cluster.is_joined():
         return
-    progress.say("starting Ray" if not os.environ.get("RAY_ADDRESS") else f"joining {os.environ['RAY_ADDRESS']}")
+    address = os.environ.get("RAY_ADDRESS")
+    progress.shown = f"joining {address}" if address else "starting Ray"
+    progress.say(progress.shown)
     cluster.connect(s3_environment(os.environ), dashboard=dashboard)
     cleanup.callback(_leave_cluster)
     cluster.check_resources(workspace.experiment.cluster)

@@ -117,7 +117,7 @@ class CodecConfig:
             raise ValueError(f"{name} must be given for the codec {self.kind}, got ''; name a path or URI")
         elif not re.fullmatch("[0-9a-f]{64}", digest):
             raise ValueError(
-                f"{hash_name} must be 64 hexadecimal digits, got {digest!r}; with 64 zeros, the error names the hash"
+                f"{hash_name} must be 64 hexadecimal digits, got {digest!r}; 64 times 'f' makes the error name it"
             )
 
 

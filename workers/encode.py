@@ -84,7 +84,7 @@ class Images(Frozen):
         for name in ("features", "text_encoders"):
             if (getattr(self, name) is None) != (getattr(self, f"{name}_sha256") is None):
                 raise ValueError(
-                    f"{name} and {name}_sha256 must be given together, got one; with 64 zeros, the error names the hash"
+                    f"{name} and {name}_sha256 must be given together, got one; 64 times 'f' makes the error name it"
                 )
         return self
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from torch.nn import functional
 
 from mixflow_core.metrics import (
     Gaussian,
@@ -105,16 +104,19 @@ class Measured:
 
 
 def patch_moments(pixels: Tensor) -> Moments:
-    """Moments of all patches of 8 x 8 pixels, scaled to [-1, 1], of uint8 pixels (N, C, H, W): at full resolution.
+    """Moments of patches of 8 x 8 pixels, scaled to [-1, 1], that cover uint8 pixels (N, C, S, S) at full resolution.
 
     Distances between them see residual noise, which features of images brought down to an extractor's size may miss.
+    Where the side is no multiple of 8, the last patches overlap those before them.
     """
     parts = []
     for batch in pixels.split(BATCH):
         values = batch.double() / 127.5 - 1
-        side = min(PATCH, values.shape[-1])
-        patches = functional.unfold(values, side, stride=side)  # (B, C side^2, patches of an image)
-        parts.append(Moments.of(patches.transpose(1, 2).flatten(0, 1)))
+        whole = values.shape[-1]
+        side = min(PATCH, whole)
+        starts = [*range(0, whole - side, side), whole - side]
+        patches = values.unfold(2, side, 1)[:, :, starts].unfold(3, side, 1)[:, :, :, starts]
+        parts.append(Moments.of(patches.permute(0, 2, 3, 1, 4, 5).flatten(3).flatten(0, 2)))
     return reduce(Moments.merge, parts)
 
 
@@ -198,8 +200,8 @@ def score(
 
     Returns:
         Metric -> value; `within`: metric -> standard deviation over resampled images, the variation within a seed,
-        empty where every image has a class of its own; and `by_count`: metric -> number of images -> value of the
-        first so many.
+        empty where every image has a class of its own; `by_count`: metric -> number of images -> value of the first
+        so many; and `step`: metric -> 1 / N where it is a share of N images.
 
     Raises:
         ValueError: too few images for a covariance.
@@ -217,7 +219,10 @@ def score(
         within[name] = bootstrap_sd(distance_of, count, resamples=RESAMPLES, numbers=numbers, groups=classes)
     counts = [n for n in (count // 4, count // 2, count) if n > features.shape[1]]
     by_count = {str(n): frechet_distance(Moments.of(features[:n]), reference.gaussian) for n in counts}
-    return {**scores, "within": within, "by_count": {name: by_count}}
+    step = {}
+    if reference.features is not None:
+        step = {names["precision"]: 1 / count, names["recall"]: 1 / len(reference.features)}
+    return {**scores, "within": within, "by_count": {name: by_count}, "step": step}
 
 
 def one_score(metric: str, kind: str, found: Measured, reference: Reference, device: torch.device) -> float:

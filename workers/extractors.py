@@ -18,6 +18,8 @@ from workers.codecs import IMAGENET_MEAN, IMAGENET_STD, directory_hash, exact
 from workers.manifest import measure
 from workers.pretrained import load_clip, load_dinov2
 
+# Of the published FID-Inception, whose distances alone are called FID.
+FID_INCEPTION = "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2"
 _DINO_SIZE = 224  # pixels that FD-DINOv2's encoder sees
 # What an absent or another file is to be replaced with, and where people get it.
 _SOURCES = {
@@ -39,8 +41,7 @@ class ExtractorConfig:
         kind: `digits` (a classifier trained on the experiment's own images), `inception` (the FID-Inception), `dinov2`
             (FD-DINOv2's encoder) or `clip` (which scores images against their captions).
         weights: URI, left out for digits: of the file for inception, else of a directory in transformers' layout.
-        sha256: of that file, or directory_hash of that directory. The published FID-Inception's is
-            6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2.
+        sha256: of that file, which must be FID_INCEPTION, or directory_hash of that directory.
     """
 
     kind: Literal["digits", "inception", "dinov2", "clip"]
@@ -50,16 +51,24 @@ class ExtractorConfig:
     __pydantic_config__ = {"extra": "forbid", "strict": True}  # noqa: RUF012 - read by pydantic, not a field
 
     def __post_init__(self) -> None:
-        """Raises ValueError when there is no path or the hash is none."""
+        """Raises ValueError when there is no path, the hash is none, or it is not the published FID-Inception's."""
         if self.kind == "digits":
             if self.weights or self.sha256:
                 raise ValueError(f"weights must be left out for digits, which are trained here, got {self.weights!r}")
             return
         if not self.weights:
-            raise ValueError(f"weights must be given for the extractor {self.kind}, got ''; name a path or URI")
+            what, where = _SOURCES[self.kind]
+            raise ValueError(
+                f"weights must be given for the extractor {self.kind}, got ''; name the path or URI of {what}: {where}"
+            )
+        if self.kind == "inception" and self.sha256 != FID_INCEPTION:
+            raise ValueError(
+                f"sha256 of inception must be {FID_INCEPTION}, got {self.sha256!r}; distances in the features of other "
+                f"weights are no FID: get {_SOURCES['inception'][1]}"
+            )
         if not re.fullmatch("[0-9a-f]{64}", self.sha256):
             raise ValueError(
-                f"sha256 must be 64 hexadecimal digits, got {self.sha256!r}; with 64 zeros, the error names the hash"
+                f"sha256 must be 64 hexadecimal digits, got {self.sha256!r}; 64 times 'f' makes the error name it"
             )
 
 

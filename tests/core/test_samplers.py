@@ -362,9 +362,9 @@ def test_names_are_those_of_metric_keys():
 
 
 def test_every_setting_of_a_protocol_changes_its_name():
-    plain = {"method": "sde", "num_steps": 20}
+    plain = {"method": "sde", "num_steps": 20, "guidance_scale": 1.5}
     changes = [
-        {}, {"method": "sde_heun"}, {"num_steps": 21}, {"guidance_scale": 1.5}, {"shift": 2.0}, {"start": 0.001},
+        {}, {"method": "sde_heun"}, {"num_steps": 21}, {"guidance_scale": 2.0}, {"shift": 2.0}, {"start": 0.001},
         {"end": 0.999, "last_step": "none"}, {"last_step": "none"}, {"guidance": "autoguidance"},
         {"guidance_channels": 3}, {"guidance_interval": (0.3, 1.0)},
         {"guidance_interval": (0.0, 0.3)}, {"diffusion": "linear"}, {"last_step": "euler"}, {"last_step_size": 0.1},
@@ -376,8 +376,9 @@ def test_every_setting_of_a_protocol_changes_its_name():
 
 def test_an_end_of_the_guidance_interval_at_an_end_of_time_is_open():
     assert Sampler("euler", 1).open_guidance_interval == (-math.inf, math.inf)
-    assert Sampler("euler", 1, guidance_interval=(0.3, 1.0)).open_guidance_interval == (0.3, math.inf)
-    assert Sampler("euler", 1, guidance_interval=(0.0, 0.7)).open_guidance_interval == (-math.inf, 0.7)
+    guided = {"method": "euler", "num_steps": 1, "guidance_scale": 1.5}
+    assert Sampler(**guided, guidance_interval=(0.3, 1.0)).open_guidance_interval == (0.3, math.inf)
+    assert Sampler(**guided, guidance_interval=(0.0, 0.7)).open_guidance_interval == (-math.inf, 0.7)
 
 
 @pytest.mark.parametrize(
@@ -407,7 +408,13 @@ def test_an_end_of_the_guidance_interval_at_an_end_of_time_is_open():
             "guidance_channels must be at least 0, got -1; 0 is all",
         ),
         (
-            {"method": "euler", "num_steps": 1, "guidance": "autoguidance", "guidance_channels": 3},
+            {
+                "method": "euler",
+                "num_steps": 1,
+                "guidance_scale": 2.0,
+                "guidance": "autoguidance",
+                "guidance_channels": 3,
+            },
             "guidance_channels must be 0 for autoguidance, got 3; omit it",
         ),
         (
@@ -420,7 +427,24 @@ def test_an_end_of_the_guidance_interval_at_an_end_of_time_is_open():
         ),
         (
             {"method": "heun", "num_steps": 2, "last_step": "none"},
-            "diffusion and last_step must be left out for heun, which has no noise",
+            "last_step must be left out for heun, which has no noise, got 'none'",
+        ),
+        (
+            {"method": "euler", "num_steps": 2, "last_step_size": 0.1},
+            "last_step_size must be left out for euler, which has no noise, got 0.1",
+        ),
+        ({"method": "euler", "num_steps": 10**13}, f"num_steps must be at most 10000, got {10**13}; lower it"),
+        *(
+            (
+                {"method": "euler", "num_steps": 1, name: value},
+                f"{name} must be left out at guidance_scale 1, which is unguided, got {value!r}; raise guidance_scale, "
+                "or remove it",
+            )
+            for name, value in (
+                ("guidance", "autoguidance"),
+                ("guidance_channels", 3),
+                ("guidance_interval", (0.1, 0.5)),
+            )
         ),
         ({"method": "euler", "num_steps": 1, "shift": 0.5}, "shift must be at least 1, got 0.5; 1 is no shift"),
         ({"method": "euler", "num_steps": 1, "shift": math.nan}, "shift must be at least 1, got nan; 1 is no shift"),

@@ -179,7 +179,7 @@ def test_grids_stand_together_where_the_noise_is_the_same(compared, experiments,
 def test_cost(compared):
     """Each stage took 3 device-seconds."""
     page, _ = compared
-    hours = f"{3 * 2 / 3600:.4f}"
+    hours = f"{3 * 2 / 3600:.5f}"
     assert f"first / mixflow {hours} {hours} {hours} 256,000" in page.text
     assert f"first / none {DASH} {hours} {hours} {DASH}" in page.text
     assert "first / mixflow 16 20" in page.text  # network evaluations of each cell

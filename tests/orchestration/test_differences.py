@@ -115,6 +115,24 @@ def test_an_effect_that_cannot_be_seen_has_no_number():
     assert negative == difference("kid", [[3.0, 4.0, 3.2]], [[3.5, 3.6, 3.4]], effect=0.1)["pairs_needed"]
 
 
+def test_shares_of_images_that_are_equal_by_chance_are_no_certainty():
+    """Three pairs that all differ by one image of 100: t(0.975, 2) = 4.303 times a step over the root of 3."""
+    arm, control = [[0.51, 0.61, 0.41]], [[0.5, 0.6, 0.4]]
+    found = difference("recall", arm, control, step=0.01)
+    assert found["call"] == "inconclusive"
+    assert (found["low"], found["high"]) == pytest.approx((0.01 - 0.02484, 0.01 + 0.02484), abs=1e-5)
+    assert difference("recall", arm, control)["call"] == "better"
+    varied = [[0.51, 0.66, 0.31]]
+    assert difference("recall", varied, control, step=0.01) == difference("recall", varied, control)
+
+
+def test_how_small_a_difference_is():
+    found = difference("fid", [[10.1, 9.9, 10.0]], [[10.0, 10.0, 10.0]], effect=0.05)
+    assert (found["call"], found["less_than"]) == ("inconclusive", 0.05)
+    assert difference("fid", [[10.1, 9.9, 10.0]], [[10.0, 10.0, 10.0]], effect=0.02)["less_than"] is None
+    assert difference("fid", [[10.1, 9.9, 10.0]], [[10.0, 10.0, 10.0]])["less_than"] is None
+
+
 def test_pairs_must_be_whole():
     with pytest.raises(ValueError, match="zip"):
         difference("fid", ARM, CONTROL[:2])

@@ -227,7 +227,7 @@ def test_a_slowed_arm_with_a_corrective_needs_its_own_control(file):
     ):
         load(str(file), [arm])
     control = "arms.its={mixture: {condition_on: m}, corrective: {input_perturbation: 0.1}}"
-    assert load(str(file), [arm, control]).controls_of("slowed") == ["standard", "its"]
+    assert load(str(file), [arm, control]).controls_of("slowed") == ["standard", "mixflow", "its"]
     load(str(file), [arm, "arms.slowed.judged=false"])
 
 

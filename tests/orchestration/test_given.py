@@ -16,6 +16,7 @@ from twins import twin
 
 from orchestration.cli import main
 from orchestration.storage import open_storage
+from workers.extractors import FID_INCEPTION
 from workers.manifest import measure
 
 WRONG = "0" * 63 + "a"
@@ -80,7 +81,7 @@ def test_a_uri_of_another_kind(refused, family, setting, uri):
 
 def test_a_reference_and_shards_by_a_uri_of_another_kind(refused):
     line = refused("repa", f"evaluation.reference={{npz: 'https://x/y.npz', sha256: {WRONG}}}",
-                   f"evaluation.extractors=[{{kind: inception, weights: /x, sha256: {WRONG}}}]",
+                   f"evaluation.extractors=[{{kind: inception, weights: /x, sha256: {FID_INCEPTION}}}]",
                    "evaluation.primary=fid/heun3/s1")  # fmt: skip
     assert line.startswith("evaluation.reference.npz must be a local path, file:///path or s3://bucket/prefix, got 'h")
     line = refused("repa", "data={shards: 'https://x/y'}")
@@ -128,13 +129,14 @@ def test_another_depth_than_the_guides_is_no_altered_file(refused):
     assert line.endswith("; it is a ddt whose depth must be two numbers that add up to the file's 2 blocks, got [2, 1]")
 
 
-def test_files_of_another_kind(refused, tmp_path):
+def test_files_of_another_kind(refused, tmp_path, monkeypatch):
     text = tmp_path / "text.pt"
     text.write_text("hello")
     digest = measure(text).sha256
     for name in ("decoder", "statistics"):
         line = refused("rae", f"codec.{name}={text}", f"codec.{name}_sha256={digest}")
         assert line.startswith(f"codec.{name} checkpoint text.pt must hold tensors only, in torch's own format; got a")
+    monkeypatch.setattr("workers.extractors.FID_INCEPTION", digest)
     inception = f"[{{kind: digits}}, {{kind: inception, weights: {text}, sha256: '{digest}'}}]"
     line = refused("repa", f"evaluation.extractors={inception}")
     assert line.startswith("evaluation.extractors.1: checkpoint text.pt must hold tensors only")
@@ -153,11 +155,13 @@ def test_a_reference_that_does_not_fit(refused, files, tmp_path):
     line = refused("rae", reference(**right, arr_0=np.zeros((2, 64, 64, 3), np.uint8)))
     assert line.startswith(f"{path}: arr_0 must be images of 32 pixels as the samples are, got 64; take the reference")
     line = refused("rae", f"evaluation.reference={{npz: /nope.npz, sha256: {WRONG}}}")
-    assert line.startswith(f"evaluation.reference.sha256 must be that of npz, no file, got {WRONG}")
+    assert line == "evaluation.reference.npz must be a file, got /nope.npz, which is none; correct the path"
     line = refused("rae", reference(**right))
     assert line.startswith("evaluation.extractors must have inception where evaluation.reference is an npz, whose")
     judge = yaml.safe_load(Path(files["rae"]).read_text())["evaluation"]["extractors"][0]
-    both = f"evaluation.extractors={json.dumps([judge, {'kind': 'inception', 'weights': '/x', 'sha256': WRONG}])}"
+    both = (
+        f"evaluation.extractors={json.dumps([judge, {'kind': 'inception', 'weights': '/x', 'sha256': FID_INCEPTION}])}"
+    )
     for images, number in (({}, 0), ({"arr_0": np.zeros((12, 32, 32, 3), np.uint8)}, 12)):
         line = refused("rae", both, reference(**right, **images))
         rule = f"evaluation.reference must have more than the 12 features of dinov2, got {number} images in npz; "

@@ -28,6 +28,7 @@ from orchestration.workflow import Workspace
 from workers import shards
 from workers.codecs import CodecConfig, open_codec
 from workers.data import digits
+from workers.extractors import FID_INCEPTION
 from workers.manifest import measure
 from workers.shards import write_shards
 
@@ -226,7 +227,8 @@ def test_a_verdict_without_a_recall_is_refused_before_anything_runs(
     """Of statistics alone no recall is known, and CLIP has none."""
     monkeypatch.setattr(inputs, "dimension_of", lambda config: None)
     monkeypatch.setattr("orchestration.experiment.is_captioned", lambda model: True)
-    settings = {"extractors": [{"kind": kind, "weights": "x", "sha256": "a" * 64}], "primary": f"{primary}/euler20/s1"}
+    digest = FID_INCEPTION if kind == "inception" else "a" * 64
+    settings = {"extractors": [{"kind": kind, "weights": "x", "sha256": digest}], "primary": f"{primary}/euler20/s1"}
     if images is not None:
         path = tmp_path / "reference.npz"
         arrays = {"arr_0": np.zeros((100, 32, 32, 3), np.uint8)} if images else {}
@@ -240,7 +242,7 @@ def test_a_verdict_without_a_recall_is_refused_before_anything_runs(
 
 
 def test_absent_weights_are_named_with_where_people_get_them(evaluated, tmp_path):
-    inception = {"kind": "inception", "weights": str(tmp_path / "absent.pth"), "sha256": "a" * 64}
+    inception = {"kind": "inception", "weights": str(tmp_path / "absent.pth"), "sha256": FID_INCEPTION}
     with pytest.raises(ValueError, match=r"evaluation\.extractors.*absent\.pth.*pytorch-fid"):
         evaluated(extractors=[inception], primary="fid/euler20/s1")
 
@@ -294,10 +296,11 @@ def test_alignment_features_must_fit_the_model(tmp_path):
 
 def test_files_that_are_left_out_are_a_warning(tmp_path):
     workspace = Workspace(twin("sit-b-256", tmp_path), open_storage(str(tmp_path / "ws")))
-    assert check_inputs(workspace).warnings == []
+    (of_bias,) = check_inputs(workspace).warnings
+    assert of_bias.startswith("evaluation.num_samples 100 is less than 10 times the 64 features of digits: with so few")
     for name in ("zero/b.heic", "zero/a.heic"):
         (tmp_path / "images" / name).write_bytes(b"x")
-    (line,) = make_plan(workspace.experiment, Place(workspace.storage, "", []))["warnings"]
+    line, _ = make_plan(workspace.experiment, Place(workspace.storage, "", []))["warnings"]
     assert line == (
         f"data.images.source {tmp_path}/images has files that are left out, neither images that are read nor beside "
         "one: 2, the first zero/a.heic"
@@ -431,7 +434,9 @@ def test_a_source_that_changed_after_it_was_encoded_is_a_warning(home: Home, cha
     assert line.endswith("; the encoded data are kept, --force data redoes them")
     assert "\n" not in line
     plan = make_plan(experiment, Place(workspace.storage, "", ["other"]))
-    assert plan["warnings"] == ["other", line, *odd_scales(check_data(workspace))]
+    *warnings, of_bias = plan["warnings"]
+    assert warnings == ["other", line, *odd_scales(check_data(workspace))]
+    assert of_bias.startswith("evaluation.num_samples 100 is less than")
     assert plan["stages"][0] == {"name": "data", "state": "done"}
 
 

@@ -251,7 +251,7 @@ def test_the_metrics_are_those_of_the_samples(alone):
     assert set(found) == {"euler3/s1", "sde3/s1", "euler3/s1.5"}
     cell = found["euler3/s1"]
     assert set(cell) == {
-        "fd_digits", "kid_digits", "precision_digits", "recall_digits", "fd_patches", "within", "by_count"
+        "fd_digits", "kid_digits", "precision_digits", "recall_digits", "fd_patches", "within", "by_count", "step"
     }  # fmt: skip
     assert set(cell["by_count"]["fd_digits"]) == {"90", "180"}, "45 images have no covariance of 64 features"
     assert 0 < cell["within"]["fd_digits"] < cell["fd_digits"]

@@ -189,7 +189,7 @@ def enriched(written, tmp_path_factory) -> Page:
             found["recall_digits"] = {"mean": 0.3125, "low": 0.3, "high": 0.35, "sd": 0.5, "n": 4}
             found["fd_digits"]["within_sd"] = 0.0625
             for by_cell in arm["differences"].values():
-                by_cell[cell]["fd_digits"] |= {"call": "inconclusive", "pairs_needed": 13}
+                by_cell[cell]["fd_digits"] |= {"call": "inconclusive", "pairs_needed": 13, "less_than": None}
                 by_cell[cell]["precision_digits"] |= {"call": "better", "pairs_needed": 2}
         arm["by_count"] = {
             "euler20/s1": {"fd_digits": [[500, 12.0 + level, 11.0, 19.0], [2000, 9.0 + level, 8.0, 18.0]]}
@@ -214,9 +214,10 @@ def test_both_sources_of_variation_are_shown(enriched, written):
 
 
 def test_the_report_says_how_images_were_resampled(tmp_path, written):
-    assert "a bootstrap of the images, as many of each class, as the labels are equal)" in written[0].text
+    resampled = "a bootstrap of the generated images, of distances in features alone,"
+    assert f"{resampled} as many of each class, as the labels are equal)" in written[0].text
     page, _ = write(Fabricated(tmp_path / "made", "evaluation.label_law=random"), tmp_path / "out")
-    assert "a bootstrap of the images, of whatever class, as the labels are random)" in page.text
+    assert f"{resampled} of whatever class, as the labels are random)" in page.text
 
 
 def test_with_several_bases_their_variation_is_named(tmp_path, written):
@@ -270,14 +271,14 @@ def test_where_arms_have_unequal_numbers_each_interval_says_its_own(written, tmp
 
 def test_the_pairs_needed_are_said_for_what(several, enriched, tmp_path, written):
     page, summary = several
-    assert "how many pairs, here bases, are needed" in page.text
-    assert "a true difference of 5 % of the control's mean is seen in 4 of 5 experiments" in page.text
+    assert "how many pairs, here bases, are needed, more than there are" in page.text
+    assert "“less than 5 %” where its interval lies within that share of the control's mean" in page.text
     assert "how many pairs are needed" in enriched.text
     assert "13 pairs needed against standard" in enriched.text, "beside the verdict"
     summary = copy.deepcopy(summary)
     for by_cell in summary["arms"]["mixflow"]["differences"].values():
         for found in by_cell.values():
-            found["fd_digits"] |= {"call": "inconclusive", "pairs_needed": 13}
+            found["fd_digits"] |= {"call": "inconclusive", "pairs_needed": 13, "less_than": None}
     write_report(SeveralBases(tmp_path / "made", *SEVERAL).workspace, summary, tmp_path)
     text = Page((tmp_path / "report.html").read_text()).text
     assert "13 bases needed against standard" in text
@@ -312,9 +313,22 @@ def test_a_call_is_shown_with_the_pairs_that_it_lacks(enriched):
     assert "better, 2 pairs needed" not in enriched.text
 
 
+def test_as_many_pairs_as_there_are_are_not_asked_for(several, tmp_path):
+    summary = copy.deepcopy(several[1])
+    for by_cell in summary["arms"]["mixflow"]["differences"].values():
+        for found in by_cell.values():
+            found["fd_digits"] |= {"call": "inconclusive", "pairs_needed": 2, "less_than": None}
+            found["recall_digits"] |= {"call": "inconclusive", "pairs_needed": 2, "less_than": 0.05}
+    write_report(SeveralBases(tmp_path / "made", *SEVERAL).workspace, summary, tmp_path)
+    text = Page((tmp_path / "report.html").read_text()).text
+    assert "2 bases needed" not in text
+    assert "inconclusive, less than 5 %" in text
+
+
 def test_the_distance_by_the_number_of_samples_is_drawn_where_it_is_known(enriched, written):
     assert "The same distances with fewer samples, euler20/s1" in enriched.text
-    assert "fewer samples" not in written[0].text
+    assert "samples are too few for a covariance" not in enriched.text
+    assert "samples are too few for a covariance" in written[0].text
 
 
 @pytest.mark.parametrize(

@@ -161,10 +161,17 @@ def test_equal_values_are_not_told_apart():
         (1.23456, "1.235 [-0.500, 10.000]"),
         (-1.23456, "-1.235 [-0.500, 10.000]"),
         (12.3456, "12.35 [-0.50, 10.00]"),
+        (0.002, "0.00 [-0.50, 10.00]"),
     ],
 )
 def test_an_interval_has_the_decimals_of_its_size(mean, text):
     assert format_interval({"mean": mean, "low": -0.5, "high": 10.0}) == text
+
+
+def test_a_small_interval_keeps_its_digits():
+    assert format_interval({"mean": 4.2e-5, "low": 1.1e-5, "high": 7.3e-5}) == "0.0000420 [0.0000110, 0.0000730]"
+    assert format_interval({"mean": -4.2e-5, "low": None}) == "-0.0000420 (n = 1)"
+    assert format_interval({"mean": 0.0, "low": 0.0, "high": 0.0}) == "0.0000 [0.0000, 0.0000]"
 
 
 def test_a_difference_has_its_sign():

@@ -68,6 +68,11 @@ def test_values_by_number_of_images_are_means_over_the_seeds(measured):
     assert found["fd_digits"] == [[500, 5.5, 4.0, 7.0], [1000, 3.75, 3.0, 4.5], [2000, 3.0, 3.0, 3.0]]
     assert found["fid"] == [[500, 7.0, 7.0, 7.0]]  # the only number that all seeds have
     assert found["recall"] == []
+    arms = measured["arms"]
+    found = arms["mixflow"]["differences"]["standard"]["heun4/s1.5"]["fd_digits"]["by_count"]
+    assert [row["count"] for row in found] == [500, 1000, 2000]
+    level = ARM_LEVELS["mixflow"] - ARM_LEVELS["standard"]  # what is added for few images is equal in both
+    assert [row["mean"] for row in found] == pytest.approx([level] * 3)
 
 
 def test_the_pairs_needed_are_enough_by_scipy(measured):

@@ -97,7 +97,7 @@ def test_the_law_without_a_range_is_searched_beside_the_other():
     assert interval.mixture == load("quickstart").mixture
     assert (independent.mixture.slowing_law, independent.mixture.gamma) == ("independent", 0)
     both = "sweep={space: {mixture.slowing_law: 'choice(interval,independent)', mixture.gamma: 'uniform(0.2,1)'}}"
-    with pytest.raises(ValueError, match="gamma must be 0 with slowing_law 'independent', got 0.2; set gamma to 0"):
+    with pytest.raises(ValueError, match=r"gamma must be 0 with slowing_law 'independent', got 0\.2; set gamma to 0"):
         check_space(swept(both))
 
 

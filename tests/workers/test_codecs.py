@@ -706,7 +706,10 @@ def test_a_codec_is_read_from_json(values):
         ({**VAE, "shift": float("inf")}, "shift must be finite, got inf"),
         ({**VAE, "channels": 1}, "channels must be 3 for the codec vae, got 1"),
         ({**VAE, "weights": ""}, "weights must be given for the codec vae, got ''; name a path or URI"),
-        ({**VAE, "sha256": "abc"}, "sha256 must be 64 hexadecimal digits, got 'abc'; with 64 zeros, the error names"),
+        (
+            {**VAE, "sha256": "abc"},
+            "sha256 must be 64 hexadecimal digits, got 'abc'; 64 times 'f' makes",
+        ),
         ({**VAE, "decoder": "d"}, "decoder_sha256 must be 64 hexadecimal digits, got ''"),
         ({**VAE, "decoder_sha256": "0" * 64}, "decoder must be given for the codec vae, got ''; name a path or URI"),
         ({**VAE, "statistics": "s"}, "statistics must be left out for the codec vae, got 's'"),

@@ -19,8 +19,9 @@ from tiny_models import tiny_clip, tiny_dinov2
 from torch import Tensor, nn
 from torch.nn import functional
 
+from workers import extractors
 from workers.codecs import directory_hash
-from workers.extractors import ClipScore, ExtractorConfig, open_extractor
+from workers.extractors import FID_INCEPTION, ClipScore, ExtractorConfig, open_extractor
 
 CPU = torch.device("cpu")
 ZEROS = "0" * 64
@@ -153,6 +154,7 @@ def test_the_inception_gives_all_three(tmp_path, monkeypatch):
     file = tmp_path / "weights.pth"
     file.write_bytes(b"weights")
     digest = hashlib.sha256(b"weights").hexdigest()
+    monkeypatch.setattr(extractors, "FID_INCEPTION", digest)
     extractor, images = open_extractor(ExtractorConfig("inception", str(file), digest), CPU), pixels(3, 16)
     sums = 2 * images.numpy().astype(np.int64).sum((1, 2, 3))
     found = extractor.extract(images)
@@ -273,11 +275,12 @@ def test_absent_weights_are_said_where_to_get(tmp_path, kind, what, where, direc
     path = tmp_path / "weights"
     if directory:
         path.mkdir()
+    digest = FID_INCEPTION if kind == "inception" else "a" * 64
     if kind == "clip":
-        message = refused(ClipScore, str(path), "a" * 64, CPU)
+        message = refused(ClipScore, str(path), digest, CPU)
     else:
-        message = refused(open_extractor, ExtractorConfig(kind, str(path), "a" * 64), CPU)
-    assert message.startswith(f"weights must be {what} with the SHA-256 {'a' * 64}, got {path}, which is none; get ")
+        message = refused(open_extractor, ExtractorConfig(kind, str(path), digest), CPU)
+    assert message.startswith(f"weights must be {what} with the SHA-256 {digest}, got {path}, which is none; get ")
     assert where in message
 
 
@@ -288,13 +291,11 @@ def test_a_wrong_hash_is_answered_with_the_right_one(tmp_path):
     for message, path, digest in (
         (refused(open_extractor, replace(dino, sha256=ZEROS), CPU), dino.weights, dino.sha256),
         (refused(ClipScore, str(tmp_path / "clip"), ZEROS, CPU), tmp_path / "clip", clip),
-        (
-            refused(open_extractor, ExtractorConfig("inception", str(file), ZEROS), CPU),
-            file,
-            hashlib.sha256(b"other").hexdigest(),
-        ),
     ):
         assert message.startswith(f"weights {path} must have the SHA-256 {ZEROS}, got {digest}; get ")
+    message = refused(open_extractor, ExtractorConfig("inception", str(file), FID_INCEPTION), CPU)
+    found = hashlib.sha256(b"other").hexdigest()
+    assert message.startswith(f"weights {file} must have the SHA-256 {FID_INCEPTION}, got {found}; get ")
 
 
 DINO = {"kind": "dinov2", "weights": "v", "sha256": ZEROS}
@@ -309,8 +310,13 @@ def test_an_extractor_is_read_from_json():
     [
         ({**DINO, "kind": "clap"}, "'digits', 'inception', 'dinov2' or 'clip'"),
         ({**DINO, "kind": "digits"}, "weights must be left out for digits, which are trained here, got 'v'"),
-        ({**DINO, "weights": ""}, "weights must be given for the extractor dinov2, got ''; name a path or URI"),
-        ({**DINO, "sha256": "A" * 64}, f"sha256 must be 64 hexadecimal digits, got '{'A' * 64}'; with 64 zeros"),
+        (
+            {**DINO, "weights": ""},
+            "weights must be given for the extractor dinov2, got ''; name the path or URI of a DINO",
+        ),
+        ({**DINO, "kind": "inception", "weights": ""}, "of the file of the FID-Inception: pt_inception-2015-12-05-672"),
+        ({**DINO, "kind": "inception"}, f"sha256 of inception must be {FID_INCEPTION}, got '{ZEROS}'; distances in"),
+        ({**DINO, "sha256": "A" * 64}, f"must be 64 hexadecimal digits, got '{'A' * 64}'; 64 times 'f' makes"),
         ({**DINO, "size": 224}, "size"),
     ],
 )
