@@ -10,7 +10,6 @@ from workers.manifest import canonical_hash
 # A cell's name is its whole sampler, so cells of one name compare whatever other cells stand beside them; runs
 # of unequal numbers of seeds may share a table, which shows beside each interval how many it is over.
 NOT_COMPARED = ("samplers", "nfe", "replicates")
-ADAPTIVE = "dopri5"
 
 
 class Difference(NamedTuple):
@@ -23,7 +22,7 @@ class Difference(NamedTuple):
 
 def is_adaptive(cell: str) -> bool:
     """Whether the number of network evaluations is an outcome of the cell's sampler and no setting."""
-    return cell.startswith(ADAPTIVE)
+    return cell.startswith("dopri5")
 
 
 def fingerprint(protocol: Mapping[str, Any]) -> str:
