@@ -194,7 +194,11 @@ class Evaluation(Frozen):
                 raise ValueError(f"{key} must differ from one another, got {names}; remove the repeated one")
         metric, _, cell = self.primary.partition("/")
         if metric not in self.metrics or cell not in cells:
-            hint = "; add the extractor inception" if metric in PUBLISHED.values() else ""
+            hint = ""
+            if metric not in self.metrics and metric.startswith("sfid"):
+                hint = "; of the extractors inception alone gives spatial features: add it and ask for sfid"
+            elif metric not in self.metrics and metric in PUBLISHED.values():
+                hint = "; add the extractor inception"
             raise ValueError(
                 f"primary must be one of the metrics {self.metrics} and one of the cells {cells} joined by '/', "
                 f"got {self.primary!r}{hint}"

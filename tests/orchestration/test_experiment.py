@@ -254,6 +254,11 @@ def test_several_bases_are_trained_with_seeds_of_their_own(file):
     [
         ("evaluation.first_base_only=[euler9/s1]", "first_base_only must name cells, not the primary one, of"),
         ("evaluation.first_base_only=[euler4/s1]", "first_base_only must name cells, not the primary one, of"),
+        (
+            "evaluation.primary=sfid_digits/euler4/s1",
+            "got 'sfid_digits/euler4/s1'; of the extractors inception alone gives spatial features: add it and ask for",
+        ),
+        ("evaluation.primary=fid/euler4/s1", "got 'fid/euler4/s1'; add the extractor inception"),
         ("evaluation.extractors=[{kind: digits}, {kind: digits}]", "extractors must be of different kinds"),
         ("evaluation.extractors=[{kind: digits, weights: x}]", "weights must be left out for digits"),
         ("evaluation.extractors=[{kind: inception}]", "weights must be given for the extractor inception"),
