@@ -271,6 +271,12 @@ class Sampler:
                 )
 
     @property
+    def expected_nfe(self) -> int:
+        """Network evaluations of an image as plans reckon them: guided everywhere, 100 for dopri5. See CountedField."""
+        per_step = {"euler": 1, "heun": 2, "sde": 1, "sde_heun": 2, "dopri5": 100}[self.method]
+        return self.num_steps * per_step * (1 if self.guidance_scale == 1 else 2)
+
+    @property
     def is_sde(self) -> bool:
         """Whether it draws noise on its way."""
         return self.method in ("sde", "sde_heun")

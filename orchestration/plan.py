@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mixflow_core.samplers import Sampler
 from orchestration import cluster, mlflow_server, sizes
 from orchestration.experiment import Experiment, is_captioned
 from orchestration.inputs import check_inputs
@@ -155,8 +156,4 @@ def plan_text(plan: Mapping[str, Any], mfu: float, peak_tflops: float | None) ->
 
 def evaluations_of(settings: Mapping[str, Any]) -> int:
     """Network evaluations of all images in every cell of a sampling stage, guidance everywhere."""
-    per_step = {"euler": 1, "heun": 2, "sde": 1, "sde_heun": 2, "dopri5": 100}
-    steps = sum(
-        s["num_steps"] * per_step[s["method"]] * (1 if s["guidance_scale"] == 1 else 2) for s in settings["samplers"]
-    )
-    return int(steps * settings["num_samples"])
+    return int(sum(Sampler(**s).expected_nfe for s in settings["samplers"]) * settings["num_samples"])

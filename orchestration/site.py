@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,9 +68,15 @@ class Site:
         dist.gather_object(value, box, to)
         return box or []
 
-    def share(self, count: int) -> range:
-        """This rank's part of `count` equal pieces of work."""
-        return range(self.rank, count, self.world_size)
+    def share(self, costs: Sequence[float]) -> list[int]:
+        """Places of this rank's pieces of work, in order: the dearest are dealt first, each to who has least so far."""
+        loads, mine = [0.0] * self.world_size, []
+        for place in sorted(range(len(costs)), key=lambda place: -costs[place]):
+            rank = loads.index(min(loads))
+            loads[rank] += costs[place]
+            if rank == self.rank:
+                mine.append(place)
+        return sorted(mine)
 
 
 Inputs = Mapping[str, Artifact]

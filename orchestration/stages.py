@@ -178,7 +178,8 @@ def _samples(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[
     ]
     mine: dict[str, Any] = {}
     stopped = False
-    for place in site.share(len(work)):
+    costs = [what.sampler.expected_nfe * sum(len(what.indices(n)) for n in batches) for _, what, _, batches in work]
+    for place in site.share(costs):
         if stopped := site.stopping():
             break
         cell, what, number, batches = work[place]

@@ -284,6 +284,8 @@ def test_a_sampler_spends_what_it_says(sampler, nfe):
     final = sampler.run(field, X0, Interpolant("linear"), lambda k: normals(k, *X0.shape))
     assert field.nfe == nfe
     assert final.shape == X0.shape
+    assert nfe <= sampler.expected_nfe <= nfe + 1
+    assert dataclasses.replace(sampler, guidance_scale=1.5).expected_nfe == 2 * sampler.expected_nfe
 
 
 def test_samplers_run_their_method_on_their_grid():

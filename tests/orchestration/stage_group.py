@@ -87,7 +87,7 @@ def stopped_rank(rank: int, directory: Path) -> None:
     workspace = Workspace(load("quickstart", SMALL), open_storage(str(directory / "ws")))
     asked = itertools.count()
     site = Site(workspace, rank, 2, torch.device("cpu"), directory / "cache", lambda *told: None)
-    site.stopping = lambda: rank == 0 and next(asked) == 5  # once before the stage, then before each of its five parts
+    site.stopping = lambda: rank == 0 and next(asked) == 4  # once before the stage, then before each of its four parts
     try:
         run_stages(site, [workspace.stages["samples/none/0"]])
     except StoppedError as error:

@@ -161,6 +161,20 @@ def test_what_a_killed_run_had_finished_is_kept(trained, alone, tmp_path, monkey
     assert digests(directory, "samples") == digests(alone, "samples")
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 3, 20])
+def test_work_is_dealt_by_its_cost(world_size):
+    """Cells of a few-step table: each piece to one worker, and none loaded with more than 4/3 of the least possible."""
+    costs = [
+        evaluations * images for evaluations in (5, 10, 20, 50, 250, 10, 20, 40, 100) for images in (1000, 1000, 500)
+    ]
+    sites = [Site(None, rank, world_size, torch.device("cpu"), Path(), lambda *_: None) for rank in range(world_size)]
+    dealt = [site.share(costs) for site in sites]
+    assert sorted(place for mine in dealt for place in mine) == list(range(len(costs)))
+    least = max(sum(costs) / world_size, max(costs))
+    assert max(sum(costs[place] for place in mine) for mine in dealt) <= 4 / 3 * least
+    assert world_size != 2 or max(sum(costs[place] for place in mine) for mine in dealt) <= 1.01 * least
+
+
 def test_a_worker_that_is_to_stop_takes_along_those_that_are_through_with_their_parts(trained, alone, tmp_path):
     directory = copy_of(trained, tmp_path / "stopped")
     run_stopped(directory)
