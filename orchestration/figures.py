@@ -12,8 +12,9 @@ from orchestration.titles import lower_is_better, short_title
 
 METHODS = ("sde_heun", "dopri5", "euler", "heun", "sde")
 STYLES = {"euler": "o-", "heun": "s", "sde": "^"}
-# Methods share an NFE: a little room between them keeps their bars apart.
-SHIFTS = {"euler": 0.0, "heun": 0.3, "sde": -0.3}
+# Methods share an NFE: a little room between them, on a logarithmic axis, keeps their bars apart.
+SHIFTS = {"euler": 1.0, "heun": 1.03, "sde": 0.97}
+TICKS_APART = 1.25  # least ratio of two ticks of NFE
 LINE, ERROR_FREE = "#1f77b4", "#d62728"
 Curve = Sequence[tuple[int, float]]  # (step, value)
 
@@ -36,6 +37,10 @@ def metric_curves(
         if _is_unguided(cell):
             lines.setdefault(_family(cell), []).append(cell)
 
+    ticks: list[float] = []
+    for number in sorted(nfe[cell] for cells in lines.values() for cell in cells):
+        if not ticks or number >= TICKS_APART * ticks[-1]:
+            ticks.append(number)
     bases = {
         name: max((found.get("bases", 1) for cell in arm["metrics"].values() for found in cell.values()), default=1)
         for name, arm in arms.items()
@@ -48,7 +53,7 @@ def metric_curves(
                     cells = sorted(
                         (c for c in cells if metric in arm["metrics"].get(c, {})), key=lambda cell: nfe[cell]
                     )
-                    x = [nfe[cell] + SHIFTS.get(family, 0.6) for cell in cells]
+                    x = [nfe[cell] * SHIFTS.get(family, 1.06) for cell in cells]
                     label = f"{name} ({family})" if metric == metrics[0] else None
                     points = [(place, arm["metrics"][cell][metric]) for place, cell in zip(x, cells, strict=True)]
                     whole = [point for point in points if point[1].get("bases", 1) == bases[name]]
@@ -57,6 +62,9 @@ def metric_curves(
                     _draw_points(axis, whole, fmt=style, color=colours[name], label=label)
                     _draw_points(axis, alone, fmt=style[0], color=colours[name], mfc="none")
             _dress(axis, short_title(metric), "network evaluations")
+            axis.set_xscale("log")
+            axis.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+            axis.minorticks_off()
         if lines:
             figure.legend(loc="outside lower center", ncols=4, fontsize=7)
 
