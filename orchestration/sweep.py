@@ -168,6 +168,8 @@ def _tune(workspace: SweepWorkspace, ledger: Ledger, recorder: SweepRecorder, re
         max_concurrent_trials=cluster.groups_that_fit(experiment.cluster),
         max_failures=experiment.cluster.max_failures,
         trial_dirname_creator=lambda trial: trial.trial_id,
+        # A new process for each trial's driver costs seconds of imports; one whose trial was pruned still waits there.
+        reuse_actors=sweep_of(experiment).scheduler == "fifo",
         raise_on_failed_trial=False,
         verbose=0,
     )

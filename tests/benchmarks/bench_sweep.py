@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import statistics
 import tempfile
 from itertools import pairwise
 from pathlib import Path
@@ -104,10 +105,13 @@ def sweep(quick: bool) -> Outcome:
             _, whole = run_command(["train", "quickstart", _arms(gamma)], each, RUNS)
             made = [path for path in each.glob("arms/*/manifest.json") if path.parent not in before]
             beyond.append((whole - sum(map(_own_s, made))) / len(made))
+        trial = _between(swept, "trials")
+        apart = [value - statistics.median(beyond[1:]) for value in trial]
         figures = [
-            figure("a trial of a sweep, beyond its own stage", "s", _between(swept, "trials"), OVERHEAD_AIM_S),
+            figure("a trial of a sweep, beyond its own stage", "s", trial),
             figure("an arm of one run, beyond its own stage", "s", _between(arms, "arms")),
             figure("an arm by a command of its own, beyond its own stage", "s", beyond[1:]),
+            figure("a trial less an arm by a command of its own", "s", apart, OVERHEAD_AIM_S),
         ]
     about = (
         "The same trainings on one worker of two CPUs, as trials of a sweep, as arms of one run, and by a command for "

@@ -52,7 +52,9 @@ BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmarks; 1 if one of them could not be run at all, whatever its figures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", action="extend", nargs="+", choices=list(BENCHMARKS), help="these benchmarks instead of all")
+    parser.add_argument(
+        "--only", action="extend", nargs="+", choices=list(BENCHMARKS), help="these benchmarks instead of all"
+    )
     parser.add_argument("--quick", action="store_true", help="does everything run? Figures of a few steps mean little")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the note and benchmarks.jsonl")
     options = parser.parse_args(argv)
