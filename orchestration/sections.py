@@ -195,9 +195,9 @@ class Evaluation(Frozen):
         metric, _, cell = self.primary.partition("/")
         if metric not in self.metrics or cell not in cells:
             hint = ""
-            if metric not in self.metrics and metric.startswith("sfid"):
+            if metric.startswith("sfid_"):
                 hint = "; of the extractors inception alone gives spatial features: add it and ask for sfid"
-            elif metric not in self.metrics and metric in PUBLISHED.values():
+            elif metric in set(PUBLISHED.values()) - set(self.metrics):
                 hint = "; add the extractor inception"
             raise ValueError(
                 f"primary must be one of the metrics {self.metrics} and one of the cells {cells} joined by '/', "
