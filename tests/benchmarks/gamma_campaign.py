@@ -112,6 +112,8 @@ def play(images: str, base: str, workspace: Path) -> dict[str, Any]:
     photographs = cut_photographs(workspace / "photographs") if images == "photographs" else Path()
     settings = experiment_of(images, base, photographs)
     outcome = run_experiment(validated(settings["name"], settings), open_place())
+    if images == "photographs":
+        settings["data"]["images"]["source"] = photographs.name  # where it lies here says nothing elsewhere
     arms = {
         arm["name"]: {cell: found["fd_digits"]["values"] for cell, found in arm["metrics"].items()}
         for arm in outcome["arms"]
@@ -218,6 +220,8 @@ def table(entries: Sequence[Mapping[str, Any]]) -> str:
                 f"| {entry['images']} | {entry['base']} | {cell} | {found['best']:g} ({seeds}) | "
                 f"{_percent(found['gain'])} | {_percent(found['matched'])} |"
             )
+    if len(entries) < 3:  # nothing to correlate
+        return "\n".join(lines)
     known = {
         name: [entry["predictors"][name] for entry in entries]
         for name in entries[0]["predictors"]
