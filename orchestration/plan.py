@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mixflow_core.samplers import Sampler
 from orchestration import cluster, mlflow_server, sizes
 from orchestration.experiment import Experiment, is_captioned
 from orchestration.inputs import check_inputs
 from orchestration.run import Place
 from orchestration.workflow import Workspace
 from workers.cost import Cost, cost_of
+from workers.sample import sample_sets
 
 GIB = 2**30
 # Of an H100 SXM's data sheet, dense, TFLOP/s by training.precision.
@@ -156,4 +156,4 @@ def plan_text(plan: Mapping[str, Any], mfu: float, peak_tflops: float | None) ->
 
 def evaluations_of(settings: Mapping[str, Any]) -> int:
     """Network evaluations of all images in every cell of a sampling stage, guidance everywhere."""
-    return int(sum(Sampler(**s).expected_nfe for s in settings["samplers"]) * settings["num_samples"])
+    return sum(what.sampler.expected_nfe * what.num_samples for what in sample_sets(settings))

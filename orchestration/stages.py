@@ -15,8 +15,6 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from mixflow_core.correctives import SamplingCorrective
-from mixflow_core.samplers import Sampler
 from orchestration import measuring
 from orchestration.given import local_codec
 from orchestration.objective import Objective
@@ -30,7 +28,7 @@ from workers.data import realised_times, to_pixels
 from workers.io import RunIO, StoppedError
 from workers.models.family import Network, build
 from workers.models.sd3 import SD3
-from workers.sample import SampleSet, grid_png, sample_batch, write_part
+from workers.sample import grid_png, sample_batch, sample_sets, samplers_of, write_part
 from workers.slow_flow import measure_slow_flow, new_probe
 from workers.train import allow_tf32, post_train
 
@@ -129,7 +127,7 @@ def _train(site: Site, stage: Stage, inputs: Inputs, directory: Path, judge: Obj
 
 def _trial(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[str, Any]:
     """A trial of a sweep: its training with the objective measured on the way, and a sheet of its samples."""
-    (what,), guide, decode = _sample_sets(stage.settings["samples"]), _guide(site, inputs), _decoder(site)
+    (what,), guide, decode = sample_sets(stage.settings["samples"]), _guide(site, inputs), _decoder(site)
     about = _train(site, stage, inputs, directory, Objective(site, stage, inputs, what, guide, decode))
     if site.rank == 0:
         allow_tf32(False)
@@ -152,7 +150,7 @@ def _slow_flow(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dic
             run,
             data,
             probe.eval(),
-            [_sampler(sampler) for sampler in stage.settings["samplers"]],
+            samplers_of(stage.settings),
             num_samples=stage.settings["num_samples"],
             batch_size=stage.settings["batch_size"],
             seed=stage.settings["seed"],
@@ -173,12 +171,12 @@ def _samples(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[
     shape = experiment.image_shape
     work = [
         (cell_file(what.sampler.name), what, number, batches)
-        for what in _sample_sets(settings)
+        for what in sample_sets(settings)
         for number, batches in enumerate(what.parts(math.prod(shape)))
     ]
     mine: dict[str, Any] = {}
     stopped = False
-    costs = [what.sampler.expected_nfe * sum(len(what.indices(n)) for n in batches) for _, what, _, batches in work]
+    costs = [what.sampler.expected_nfe * what.num_images(batches) for _, what, _, batches in work]
     for place in site.share(costs):
         if stopped := site.stopping():
             break
@@ -211,12 +209,12 @@ def _samples(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[
         file.unlink()  # the parts are in their place
     if site.rank != 0:
         return {}
-    totals = dict.fromkeys((what.sampler.name for what in _sample_sets(settings)), 0)
+    totals = dict.fromkeys((what.sampler.name for _, what, _, _ in work), 0)
     each: dict[str, float] = {}
     for cell, what, number, batches in work:
         evaluations = records[part_name(cell, number)]["evaluations"]
         totals[what.sampler.name] += evaluations
-        an_image = evaluations / sum(len(what.indices(batch)) for batch in batches)
+        an_image = evaluations / what.num_images(batches)
         if what.sampler.method != "dopri5" and each.setdefault(cell, an_image) != an_image:
             raise ValueError(
                 f"{stage.name}: the parts of {cell} must take equally many evaluations an image, got {each[cell]:g} "
@@ -237,25 +235,6 @@ WORK: dict[str, Work] = {
     "samples": _samples,
     "metrics": measuring.metrics,
 }
-
-
-def _sample_sets(settings: Mapping[str, Any]) -> list[SampleSet]:
-    corrective = SamplingCorrective(**settings["corrective"])
-    return [
-        SampleSet(
-            _sampler(sampler),
-            settings["num_samples"],
-            settings["batch_size"],
-            settings["seed"],
-            settings["label_law"],
-            corrective,
-        )
-        for sampler in settings["samplers"]
-    ]
-
-
-def _sampler(settings: Mapping[str, Any]) -> Sampler:
-    return Sampler(**{**settings, "guidance_interval": tuple(settings["guidance_interval"])})
 
 
 def _grid(pixels: torch.Tensor, path: Path) -> Path:

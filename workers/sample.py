@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import IO, Literal, NamedTuple
+from typing import IO, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -70,12 +70,28 @@ class SampleSet:
         batches = max(1, min(PART_IMAGES // self.batch_size, PART_BYTES // (image_bytes * self.batch_size)))
         return [range(n, min(n + batches, self.num_batches)) for n in range(0, self.num_batches, batches)]
 
+    def num_images(self, batches: range) -> int:
+        """Images of a part."""
+        return min(batches.stop * self.batch_size, self.num_samples) - batches.start * self.batch_size
+
     def labels(self, indices: range, num_classes: int) -> Tensor:
         """Labels (B,) of these images."""
         if self.label_law == "equal":
             return torch.tensor([i % num_classes for i in indices])
         drawn = (torch.randint(num_classes, (1,), generator=generator(self.seed, "sample_label", i)) for i in indices)
         return torch.cat(list(drawn))
+
+
+def sample_sets(settings: Mapping[str, Any]) -> list[SampleSet]:
+    """The sample sets of a stage's settings, which are plain JSON: one for each of its `samplers`."""
+    corrective = SamplingCorrective(**settings["corrective"])
+    others = {key: settings[key] for key in ("num_samples", "batch_size", "seed", "label_law")}
+    return [SampleSet(sampler=sampler, corrective=corrective, **others) for sampler in samplers_of(settings)]
+
+
+def samplers_of(settings: Mapping[str, Any]) -> list[Sampler]:
+    """The samplers of a stage's settings, in which tuples are lists."""
+    return [Sampler(**{**s, "guidance_interval": tuple(s["guidance_interval"])}) for s in settings["samplers"]]
 
 
 class Samples(NamedTuple):

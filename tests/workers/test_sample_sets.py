@@ -213,6 +213,7 @@ def test_parts_are_whole_batches_of_a_bounded_size(num_samples, batch_size, imag
     parts = what.parts(image_bytes)
     assert [len(part) for part in parts] == lengths
     assert [number for part in parts for number in part] == list(range(what.num_batches))
+    assert [what.num_images(part) for part in parts] == [sum(len(what.indices(n)) for n in part) for part in parts]
 
 
 def test_parts_are_read_as_they_were_written(tmp_path):
