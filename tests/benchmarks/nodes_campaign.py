@@ -24,6 +24,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 sys.path.append(str(Path(__file__).parents[1] / "servers"))
@@ -137,8 +138,10 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mixflow-nodes-") as name:
         rounds = campaign(options.results, options.rounds, Path(name))
     passed = sum(entry["passed"] for entry in rounds)
-    slowest = max(lost["recovered_s"] for entry in rounds for lost in entry["lost"])
-    print(f"{passed} of {len(rounds)} rounds equal, {2 * len(rounds)} nodes lost; slowest recovery {slowest:g} s")
+    print(f"{passed} of {len(rounds)} rounds equal, {2 * len(rounds)} nodes lost")
+    for how in ("killed", "cut"):
+        took = [lost["recovered_s"] for entry in rounds for lost in entry["lost"] if lost["how"] == how]
+        print(f"{how}: training went on after {median(took):g} s, at most {max(took):g}")
     return 0 if passed == len(rounds) else 1
 
 

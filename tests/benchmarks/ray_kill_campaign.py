@@ -6,8 +6,10 @@ A round is one `mixflow train` of a small quickstart on two workers, and up to f
 processes (the driver, a worker, Ray Train's controller, the process that speaks to MLflow, the raylet, the head's
 server) dies up to six seconds after training was seen to go on. Where that ends the command, the same command is given
 again. A round passes when the SHA-256 of all files that the run made are those of the quiet run, and MLflow holds each
-run once, none of them running, with each logged step once. Each round is one JSON line in the result file, and a
-campaign that was stopped goes on after the rounds that are there. `kill_campaign.py` kills the loop's process alone.
+run once, none of them running, with each logged step once. `recovered_s` is the time from a kill to the next step in
+training, with the command given again where the kill ended it; the last kill of a round may have none after it. Each
+round is one JSON line in the result file, and a campaign that was stopped goes on after the rounds that are there.
+`kill_campaign.py` kills the loop's process alone.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import tempfile
 import time
 from collections import Counter
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -31,6 +34,7 @@ from mlflow import MlflowClient
 
 RESULTS = Path(__file__).parent / "results" / "ray_kill_campaign.jsonl"
 KILLS_A_ROUND, WITHIN_S = 5, 6.0
+SETTLED_S = 1.0  # after a kill: what was told before it has arrived
 STEPS, LOG_EVERY = 300, 10
 COMMAND = [
     *("train", "quickstart", "--json"),
@@ -81,9 +85,11 @@ def kill(run: Run, victim: str, numbers: random.Random) -> dict[str, Any] | None
         return None
     stage, step = steps_told(run)[-1]
     numbers.choice(victims).kill()
+    killed_at = time.monotonic()
     if victim in ("driver", "raylet", "head"):
         ended(run, family)
-    return {"victim": victim, "stage": stage, "step": int(step)}
+    time.sleep(SETTLED_S)
+    return {"victim": victim, "stage": stage, "step": int(step), "at": killed_at}
 
 
 def play(seed: int, most_kills: int, wanted: dict[str, str], scratch: Path) -> dict[str, Any]:
@@ -95,7 +101,9 @@ def play(seed: int, most_kills: int, wanted: dict[str, str], scratch: Path) -> d
         if run is None or run.process.poll() not in (None, 0):
             commands += 1
             run, told = Run(COMMAND, directory / f"command-{commands}", {"MIXFLOW_WORKSPACE": str(workspace)}), 0
-        if not goes_on(run, told) and run.process.poll() == 0:
+        if goes_on(run, told):
+            recovered(kills)
+        elif run.process.poll() == 0:
             break
         if done := kill(run, numbers.choice(list(VICTIMS)), numbers):
             kills.append(done)
@@ -105,9 +113,17 @@ def play(seed: int, most_kills: int, wanted: dict[str, str], scratch: Path) -> d
         if commands > 2 * KILLS_A_ROUND:
             raise RuntimeError(f"the command does not succeed:\n{run.said() if run else ''}")
         run = Run(COMMAND, directory / f"command-{commands}", {"MIXFLOW_WORKSPACE": str(workspace)})
+    for one in kills:
+        one.pop("at", None)
     problems = [] if results_of(workspace) == wanted else ["files differ"]
     problems += problems_in_mlflow(workspace)
     return {"seed": seed, "kills": kills, "commands": commands, "problems": problems, "passed": not problems}
+
+
+def recovered(kills: list[dict[str, Any]]) -> None:
+    """Training goes on: the time since the last kill."""
+    if kills and "at" in kills[-1]:
+        kills[-1]["recovered_s"] = round(time.monotonic() - kills[-1].pop("at"), 1)
 
 
 def problems_in_mlflow(workspace: Path) -> list[str]:
@@ -143,6 +159,10 @@ def main() -> int:
             print(entry, flush=True)
     passed = sum(entry["passed"] for entry in rounds)
     by_victim = Counter(kill["victim"] for entry in rounds for kill in entry["kills"])
+    for victim in by_victim:
+        took = [k["recovered_s"] for e in rounds for k in e["kills"] if k["victim"] == victim and "recovered_s" in k]
+        if took:
+            print(f"{victim}: training went on after {median(took):g} s, at most {max(took):g} ({len(took)} kills)")
     print(f"{by_victim.total()} kills ({dict(by_victim)}) in {len(rounds)} rounds, {passed} of them passed")
     return 0 if passed == len(rounds) else 1
 
