@@ -106,7 +106,7 @@ def _stdout_kept_for_json() -> Iterator[None]:
 
 def _fail(where: str, error: Exception) -> int:
     from orchestration.launch import RunFailedError
-    from orchestration.workflow import HeldError
+    from orchestration.lease import HeldError
     from workers.io import StoppedError
     from workers.manifest import CorruptError
 

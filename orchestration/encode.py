@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from orchestration.given import local_codec, local_encoders
 from orchestration.launch import RunFailedError
-from orchestration.parts import Parts
+from orchestration.parts import Parts, parts_of
 from orchestration.storage import Storage
 from workers.codecs import CodecConfig
 from workers.data import Split
@@ -87,7 +87,7 @@ def encode(
     plan = plan_encoding(local_encoders(settings), codec)
     # Each worker brings the models to its own machine.
     plan = plan._replace(recipe=plan.recipe._replace(settings=settings))
-    parts = Parts(storage, path, f"encoding/{path.replace('/', '-')}")
+    parts = parts_of(storage, path)
     task = Task(plan.recipe, parts, max(1, int(cpus_per_worker)), gpus_per_worker > 0)
     # Closed before anybody leaves the cluster: what Ray Data tidies up later would start a cluster of its own.
     with closing(_run(plan, task, num_workers, cpus_per_worker, gpus_per_worker)) as answers:

@@ -69,7 +69,7 @@ def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> Checked:
         ValueError: data or a checkpoint that cannot be used; CorruptError: an artifact that was altered.
     """
     experiment, cache = workspace.experiment, cache_directory()
-    _check_uris(workspace)
+    _check_uris(workspace, forced)
     if experiment.data.shards:
         with readable("data.shards", experiment.data.shards):
             if workspace.artifact("data") is None:
@@ -80,7 +80,7 @@ def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> Checked:
     if experiment.codec:
         _check_codec(experiment, experiment.codec)
     facts, warnings, to_encode = dict[str, Any](), list[str](), dict[str, int]()
-    if workspace.artifact("data") and not (experiment.data.images and "data" in forced):
+    if workspace.artifact("data") and (experiment.data.shards or "data" not in forced):
         facts = check_data(workspace)
         warnings = [*source_changes(workspace), *odd_scales(facts)]
     elif experiment.data.images and experiment.codec:
@@ -100,11 +100,11 @@ def check_inputs(workspace: Workspace, forced: Sequence[str] = ()) -> Checked:
         _check_encoders(experiment, settings, experiment.codec.image_size)
     warnings += _check_evaluation(experiment, facts)
     for checkpoint in (given_base(experiment), given_guide(experiment)):
-        if checkpoint and workspace.artifact(checkpoint.stage) is None:
+        if checkpoint and (checkpoint.stage in forced or workspace.artifact(checkpoint.stage) is None):
             with given_weights(checkpoint):
                 pass  # readable, of the right hash and architecture
     for stage in workspace.stages.values():
-        artifact = workspace.artifact(stage.name)
+        artifact = None if stage.name in forced else workspace.artifact(stage.name)
         if artifact and workspace.storage.is_local:  # elsewhere what is read is verified when it is read
             artifact.fetch(cache)
     return Checked(warnings, to_encode)
@@ -119,7 +119,7 @@ def _left_out(settings: Images, files: Sequence[str]) -> list[str]:
     ]
 
 
-def _check_uris(workspace: Workspace) -> None:
+def _check_uris(workspace: Workspace, forced: Sequence[str]) -> None:
     """Looks at what lies elsewhere, also where this machine has its content already: the other machines may not.
 
     It does so with a preflight's patience: nobody should wait for minutes to hear of a wrong address.
@@ -138,7 +138,9 @@ def _check_uris(workspace: Workspace) -> None:
             open_storage(uri)
         except ValueError as error:
             raise ValueError(f"{name} {str(error).removeprefix('storage ')}") from error
-        if uri.startswith("s3://") and not (name in made_of and workspace.artifact(made_of[name])):
+        stage = made_of.get(name)
+        is_made = stage is not None and stage not in forced and workspace.artifact(stage) is not None
+        if uri.startswith("s3://") and not is_made:
             try:
                 files_at(name, uri, PREFLIGHT)
             except OSError as error:

@@ -54,7 +54,13 @@ class Parts(NamedTuple):
         return record, ""
 
     def keep(self, name: str, digest: str, file: Path, about: Mapping[str, Any]) -> dict[str, Any]:
-        """Puts a part in its place (content first, its record last) and returns the record; `file` may be absent."""
+        """Puts a part in its place (content first, its record last) and returns the record; `file` may be absent.
+
+        Raises:
+            FileExistsError: the directory is published already, by another that was at it.
+        """
+        if self.storage.manifest(self.path):
+            raise FileExistsError(f"{self.storage.uri}/{self.path} was published by another process; run again")
         entry = self.storage.put_file(file, f"{self.path}/{name}") if file.exists() else FileEntry(0, "")
         record = {"digest": digest, **asdict(entry), **about}
         self.storage.put(f"{self.records}/{name}.json", json.dumps(record).encode())
@@ -63,9 +69,10 @@ class Parts(NamedTuple):
     def commit(self, found: Mapping[str, Mapping[str, Any]], directory: Path, meta: Mapping[str, Any]) -> Manifest:
         """Publishes the parts of these records (by name) together with the files of a local directory.
 
-        Raises:
-            FileExistsError: something else is published there.
+        What another process has published meanwhile is left as it is, and returned.
         """
+        if there := self.storage.manifest(self.path):
+            return there
         files = {
             name: FileEntry(record["size"], record["sha256"]) for name, record in found.items() if record["sha256"]
         }
@@ -78,3 +85,8 @@ class Parts(NamedTuple):
         manifest = self.storage.commit(self.path, Manifest(files, meta))
         self.storage.delete(self.records)
         return manifest
+
+
+def parts_of(storage: Storage, path: str) -> Parts:
+    """The parts of a directory that is to be published at `path`."""
+    return Parts(storage, path, f"parts/{path.replace('/', '-')}")

@@ -16,9 +16,10 @@ from orchestration import cluster, mlflow_server, results
 from orchestration.encode import encode
 from orchestration.experiment import Experiment
 from orchestration.figures import slow_flow_plot
-from orchestration.given import given_base, given_guide, given_weights
+from orchestration.given import Given, given_base, given_guide, given_weights
 from orchestration.inputs import check_data, check_inputs, least_held_out
 from orchestration.launch import ControllerDiedError, Reporter, launch, start_reporter
+from orchestration.lease import HeldError
 from orchestration.progress import Progress
 from orchestration.recording import Recorder
 from orchestration.report import text_table, write_report
@@ -29,6 +30,8 @@ from orchestration.workflow import Stage, Workspace, code_version, needed_for
 from workers.data import digits as digit_images
 from workers.io import StoppedError
 from workers.shards import write_shards
+
+WAIT_S = 2.0
 
 
 @dataclass
@@ -95,18 +98,15 @@ def run_experiment(
     warnings = check_inputs(workspace, forced).warnings
     if not all(stage.on_driver for stage in workspace.pending(stages)):
         cluster.check_local_machine(experiment.cluster)
-    with workspace.lease(), ExitStack() as cleanup:
-        for name in forced:
-            workspace.forget(name)
+    with workspace.lease() as lease, ExitStack() as cleanup:
+        workspace.forget(forced)
         place.storage.put(record, experiment.model_dump_json(indent=1).encode())
         states = {stage.name: workspace.state(stage.name) for stage in stages}
         progress = Progress([s.name for s in stages], sum(state != "to do" for state in states.values()))
         cleanup.callback(progress.close)
         for line in [*place.warnings, *_stale(states), *warnings]:
             progress.say(f"warning: {line}")
-        if experiment.data.images and workspace.artifact("data") is None:
-            _encode(workspace, cleanup, progress)
-        _driver_stages(workspace, stages, progress)
+        _driver_stages(workspace, stages, progress, cleanup)
         pending = [stage for stage in workspace.pending(stages) if not stage.on_driver]
         restarts = experiment.cluster.max_failures
         while True:
@@ -115,7 +115,8 @@ def run_experiment(
             try:
                 recorder.start()
                 if pending:
-                    with progress.following(recorder.progress), watching(reporter, experiment.cluster, progress.say):
+                    watch = watching(reporter, experiment.cluster, progress.say, lease)
+                    with progress.following(recorder.progress), watch:
                         launch(workspace, pending, name, restarts)
                 outcome = _finish(workspace, stages, states, recorder, progress)
                 break
@@ -183,27 +184,54 @@ def _encode(workspace: Workspace, cleanup: ExitStack, progress: Progress) -> Non
     check_data(workspace)
 
 
-def _driver_stages(workspace: Workspace, stages: list[Stage], progress: Progress) -> None:
-    """Data and a given base: they need no worker."""
-    names = [stage.name for stage in stages]
-    if "data" in names and workspace.artifact("data") is None:
-        with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch:
-            start, digits = time.monotonic(), workspace.experiment.data.digits
-            assert digits, "shards that are given were checked, and images encoded, before"
-            write_shards(digit_images(digits.image_size, digits.held_out), Path(scratch), num_classes=10)
-            workspace.publish("data", Path(scratch), seconds=time.monotonic() - start)
-        progress.show({"stage": "data", "done": 1, "total": 1, "metrics": {}})
-    for given in (given_base(workspace.experiment), given_guide(workspace.experiment)):
-        name = given.stage if given else ""
-        if given is None or name not in names or workspace.artifact(name) is not None:
+def _driver_stages(workspace: Workspace, stages: list[Stage], progress: Progress, cleanup: ExitStack) -> None:
+    """Data and given checkpoints, each by one process at a time: experiments share them."""
+    given = {g.stage: g for g in (given_base(workspace.experiment), given_guide(workspace.experiment)) if g}
+    for name in [stage.name for stage in stages if stage.name == "data" or stage.name in given]:
+        if workspace.artifact(name) is not None:
             continue
-        from workers.models.checkpoints import save_weights
-
-        start = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch, given_weights(given) as weights:
-            save_weights(weights, Path(scratch) / "weights.safetensors")
-            workspace.publish(name, Path(scratch), seconds=time.monotonic() - start)
+        with ExitStack() as lease:
+            _wait_for(workspace, name, lease, progress)
+            if workspace.artifact(name) is not None:
+                continue
+            if name in given:
+                _copy_given(workspace, given[name])
+            elif workspace.experiment.data.images:
+                _encode(workspace, cleanup, progress)
+            else:
+                _write_digits(workspace)
         progress.show({"stage": name, "done": 1, "total": 1, "metrics": {}})
+
+
+def _wait_for(workspace: Workspace, stage: str, lease: ExitStack, progress: Progress) -> None:
+    """Holds a stage's lease, once nobody else does."""
+    told = False
+    while True:
+        try:
+            lease.enter_context(workspace.lease(stage))
+            return
+        except HeldError as error:
+            if not told:
+                progress.say(f"warning: {error}; its result is waited for")
+            told = True
+            time.sleep(WAIT_S)
+
+
+def _write_digits(workspace: Workspace) -> None:
+    start, digits = time.monotonic(), workspace.experiment.data.digits
+    assert digits, "shards that are given were checked before"
+    with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch:
+        write_shards(digit_images(digits.image_size, digits.held_out), Path(scratch), num_classes=10)
+        workspace.publish("data", Path(scratch), seconds=time.monotonic() - start)
+
+
+def _copy_given(workspace: Workspace, given: Given) -> None:
+    from workers.models.checkpoints import save_weights
+
+    start = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch, given_weights(given) as weights:
+        save_weights(weights, Path(scratch) / "weights.safetensors")
+        workspace.publish(given.stage, Path(scratch), seconds=time.monotonic() - start)
 
 
 def _leave_cluster() -> None:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 
+from orchestration.lease import Lease
 from orchestration.results import cell_file
 from orchestration.storage import Storage
 from orchestration.workflow import Artifact, Stage, Workspace
@@ -36,6 +37,7 @@ class Site:
         tell: tell(stage, done, total, metrics) hands progress and metrics over without waiting (rank 0).
         rung: rung(step, value) reports a trial's objective to whoever schedules the trials, on all ranks together.
         stopping: whether this worker was asked to stop.
+        lease: of the stage at work (rank 0).
     """
 
     workspace: Workspace
@@ -46,11 +48,16 @@ class Site:
     tell: Tell
     rung: Callable[[int, float], None] = _nobody
     stopping: Callable[[], bool] = lambda: False
+    lease: Lease | None = None
 
     @property
     def storage(self) -> Storage:
         """The workspace's storage."""
         return self.workspace.storage
+
+    def is_to_stop(self) -> bool:
+        """Whether this worker was asked to stop, or the stage is another process's by now."""
+        return self.stopping() or bool(self.lease and self.lease.lost)
 
     def agree(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 
 from orchestration import measuring
 from orchestration.given import local_codec
+from orchestration.lease import HeldError
 from orchestration.objective import Objective
 from orchestration.results import cell_file
 from orchestration.site import Inputs, Site, Work, data_of, part_name, weights_of
-from orchestration.workflow import HeldError, Stage, Workspace
+from orchestration.workflow import Stage, Workspace
 from workers.checkpoint import CheckpointStore
 from workers.codecs import open_codec
 from workers.config import RunConfig
@@ -51,6 +52,8 @@ def run_stages(site: Site, stages: list[Stage]) -> None:
             with tempfile.TemporaryDirectory(prefix="mixflow-stage-") as scratch:
                 directory = Path(scratch)
                 about = WORK[stage.kind](site, stage, inputs, directory)
+                if site.agree(site.lease is not None and not site.lease.is_ours()):
+                    raise StoppedError(f"stopped in {stage.name}, which is another process's by now")
                 if site.rank == 0:
                     about |= {"num_workers": site.world_size, "device": site.device.type}
                     site.workspace.publish(stage.name, directory, seconds=time.monotonic() - start, **about)
@@ -82,7 +85,7 @@ def _try_to_begin(site: Site, stage: Stage, lease: ExitStack) -> Inputs | HeldEr
     if site.stopping():
         return StoppedError(f"stopped before {stage.name}")
     try:
-        lease.enter_context(workspace.lease(stage.name))
+        site.lease = lease.enter_context(workspace.lease(stage.name))
     except HeldError as error:
         return error
     return _inputs(workspace, stage)  # it may have been published between the first look and the lease
@@ -113,7 +116,7 @@ def _train(site: Site, stage: Stage, inputs: Inputs, directory: Path, judge: Obj
     def report(step: int, metrics: Mapping[str, float]) -> None:
         site.tell(stage.name, step, run.training.steps, metrics)
 
-    io = RunIO(store, report, rank=site.rank, world_size=site.world_size, stopping=site.stopping)
+    io = RunIO(store, report, rank=site.rank, world_size=site.world_size, stopping=site.is_to_stop)
     state = post_train(run, data["train"], data["held_out"], io, initial=initial, device=site.device, judge=judge)
     if site.rank == 0:
         save_file(
@@ -178,7 +181,7 @@ def _samples(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[
     stopped = False
     costs = [what.sampler.expected_nfe * what.num_images(batches) for _, what, _, batches in work]
     for place in site.share(costs):
-        if stopped := site.stopping():
+        if stopped := site.is_to_stop():
             break
         cell, what, number, batches = work[place]
         name = part_name(cell, number)

@@ -117,7 +117,11 @@ class Storage(abc.ABC):
         manifest = Manifest.describe(Path(directory), meta or {})
         if not manifest.files:
             raise ValueError(f"directory must hold files to publish, got {directory} with none; check its path")
-        if not self.exists(join(path, MANIFEST)):
+        try:
+            self._committed(path)
+        except (FileNotFoundError, CorruptError) as error:
+            if isinstance(error, CorruptError) and error.file == MANIFEST:
+                self.delete(join(path, MANIFEST))  # unreadable: as if nothing were here
             for name, entry in manifest.files.items():
                 self._copy_in(Path(directory) / name, join(path, name), entry)
         return self.commit(path, manifest)

@@ -69,7 +69,7 @@ def run_sweep(experiment: Experiment, place: Place, *, resume: bool = False) -> 
             f"--resume needs an earlier sweep of {experiment.name} with these settings in {place.storage.uri}"
         )
     cluster.check_local_machine(experiment.cluster)
-    with workspace.lease(), ExitStack() as cleanup:
+    with workspace.lease() as lease, ExitStack() as cleanup:
         ledger = Ledger(place.storage, workspace.home)
         is_open = _work_left(experiment, ledger, f"{workspace.home}/{RECORD}")
         place.storage.put(f"{workspace.home}/{RECORD}", experiment.model_dump_json(indent=1).encode())
@@ -88,7 +88,8 @@ def run_sweep(experiment: Experiment, place: Place, *, resume: bool = False) -> 
         recorder.start()
         try:
             if is_open:
-                with progress.following(recorder.progress), watching(reporter, experiment.cluster, progress.say):
+                watch = watching(reporter, experiment.cluster, progress.say, lease)
+                with progress.following(recorder.progress), watch:
                     _tune(workspace, ledger, recorder, name, max(e.training.steps for e in reached))
                 if recorder.tell("is_ending"):
                     raise StoppedError("stopped, with the state of every trial kept")

@@ -16,6 +16,7 @@ from typing import Any
 
 from orchestration.cluster import room_for
 from orchestration.launch import Pulse
+from orchestration.lease import Lease
 from orchestration.sections import Cluster
 
 LOOK_EVERY_S = 1.0
@@ -25,15 +26,17 @@ STOPPING = "stopping after this step, with a checkpoint; once more to stop at on
 
 
 @contextmanager
-def watching(reporter: Any, cluster: Cluster, say: Callable[[str], None]) -> Iterator[None]:
+def watching(reporter: Any, cluster: Cluster, say: Callable[[str], None], lease: Lease | None = None) -> Iterator[None]:
     """While the block runs, SIGTERM and SIGINT stop the workers after their step, and a worker that hangs is ended.
 
-    A group with a worker on a node that is being drained, because it will be taken away, is asked to stop as well.
+    A group with a worker on a node that is being drained, because it will be taken away, is asked to stop as well; and
+    all are once another process has taken the lease.
 
     Args:
         reporter: the Reporter actor.
         cluster: what was asked of Ray.
         say: tells the user a line.
+        lease: of what the workers are at.
 
     Raises:
         KeyboardInterrupt: at a second signal.
@@ -48,7 +51,7 @@ def watching(reporter: Any, cluster: Cluster, say: Callable[[str], None]) -> Ite
     def look() -> None:
         silence, told = 0.0, False
         while not done.wait(LOOK_EVERY_S):
-            if asked.is_set():
+            if asked.is_set() or (lease and lease.lost):
                 reporter.end.remote()  # again and again: a Reporter that was started again knows nothing of it
                 if not told:
                     told = True

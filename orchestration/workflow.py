@@ -8,15 +8,9 @@ there is skipped, whatever was killed and whoever made it.
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import os
-import socket
-import threading
-import time
-import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -24,12 +18,12 @@ from typing import Any
 
 from mixflow_core.samplers import Sampler
 from orchestration.experiment import Experiment
-from orchestration.parts import Parts
+from orchestration.lease import Lease, hold
+from orchestration.parts import Parts, parts_of
 from orchestration.storage import Storage, join, open_storage
 from workers.manifest import CorruptError, Manifest, canonical_hash
 
 log = logging.getLogger(__name__)
-LEASE_S = 60.0
 PATHS_OF_ENCODERS = {"features", "text_encoders", "max_unreadable"}
 PATHS_OF_CODEC = ("weights", "decoder", "statistics")  # where its files lie does not change what it computes
 
@@ -96,10 +90,6 @@ class Artifact:
     def fetch(self, cache: Path) -> Path:
         """A verified local copy (the directory itself where it is local)."""
         return self.storage.fetch(self.path, cache / self.manifest.digest[:16])
-
-
-class HeldError(ValueError):
-    """Somebody else holds the lease."""
 
 
 def stages_of(experiment: Experiment) -> list[Stage]:
@@ -329,8 +319,7 @@ class Workspace:
 
     def parts(self, name: str) -> Parts:
         """The directory of a stage whose workers write its files one by one."""
-        path = self.path(name)
-        return Parts(self.storage, path, f"parts/{path.replace('/', '-')}")
+        return parts_of(self.storage, self.path(name))
 
     def publish(
         self, name: str, directory: Path, *, seconds: float, parts: Mapping[str, Any] | None = None, **about: Any
@@ -359,79 +348,29 @@ class Workspace:
         self._found[name] = Artifact(self.storage, path, manifest)
         return self._found[name]
 
-    def forget(self, name: str) -> None:
-        """Removes a stage's result and checkpoints, so that it is done anew."""
-        if self.identity(name) is None or (name == "data" and self.experiment.data.shards):
-            return
-        for path in (self.path(name), self.checkpoints(name), self.parts(name).records):
-            self.storage.delete(path)
+    def forget(self, names: Sequence[str]) -> None:
+        """Removes results and checkpoints of stages, so that they are done anew.
+
+        Args:
+            names: of the stages, a stage after those that read it, since it is found by its inputs.
+
+        Raises:
+            HeldError: another process is at one of them; nothing was removed.
+        """
+        names = [name for name in names if self.identity(name) and not (name == "data" and self.experiment.data.shards)]
+        with ExitStack() as leases:
+            for name in {self.path(name): name for name in names}.values():  # equal arms share a result
+                leases.enter_context(self.lease(name))
+            for name in names:
+                for path in (self.path(name), self.checkpoints(name), self.parts(name).records):
+                    self.storage.delete(path)
         self._found.clear()
 
-    @contextmanager
-    def lease(self, stage: str | None = None) -> Iterator[None]:
+    def lease(self, stage: str | None = None) -> AbstractContextManager[Lease]:
         """Keeps a second runner away from this experiment, or from a stage that experiments share; see `hold`."""
-        path, what = f"{self.home}/lease.json", f"experiment {self.experiment.name}"
-        if stage is not None:
-            path, what = f"leases/{self.path(stage).replace('/', '-')}.json", f"stage {stage}"
-        with hold(self.storage, path, what, wait=stage is None):
-            yield
-
-
-@contextmanager
-def hold(storage: Storage, path: str, what: str, wait: bool = False) -> Iterator[None]:
-    """Holds a lease. One whose holder is gone is taken over.
-
-    Args:
-        storage: of the workspace.
-        path: of the lease.
-        what: it is for, in an error message.
-        wait: for a sign of life of a holder on another machine: its lease is renewed, or runs out.
-
-    Raises:
-        HeldError: another process is at it.
-    """
-    stop, token, first = threading.Event(), uuid.uuid4().hex, None
-    while not storage.put_new(path, _lease(token)):
-        holder = _holder(storage, path)
-        if holder is None:  # given back just now
-            continue
-        if _is_alive(holder):
-            if wait and holder["host"] != socket.gethostname() and holder == (first or holder):
-                if first is None:
-                    log.warning("looking whether process %s on %s, which holds %s, lives", *_who(holder), what)
-                first = holder
-                time.sleep(1)
-                continue
-            pid, host = _who(holder)
-            raise HeldError(
-                f"{what} must have one runner, but process {pid} on {host} is at it; wait for it or stop it"
-            )
-        # Of two that find a dead holder, the second to delete may take the first one's lease away; the conditional
-        # puts of the results keep even that harmless.
-        storage.delete(path)
-
-    def is_ours() -> bool:
-        return (_holder(storage, path) or {}).get("token") == token
-
-    def refresh() -> None:
-        while not stop.wait(LEASE_S / 4):
-            try:
-                if not is_ours():
-                    log.warning("the lease of %s is another's, who took this process for dead", what)
-                    return
-                storage.put(path, _lease(token))
-            except OSError as error:  # a storage that is away for longer than the lease lets another take it
-                log.warning("the lease of %s was not refreshed: %s", what, error)
-
-    thread = threading.Thread(target=refresh, daemon=True, name="lease")
-    thread.start()
-    try:
-        yield
-    finally:
-        stop.set()
-        thread.join()
-        if is_ours():
-            storage.delete(path)
+        if stage is None:
+            return hold(self.storage, f"{self.home}/lease.json", f"experiment {self.experiment.name}", wait=True)
+        return hold(self.storage, f"leases/{self.path(stage).replace('/', '-')}.json", f"stage {stage}")
 
 
 @lru_cache
@@ -442,42 +381,3 @@ def code_version() -> str:
     for path in sorted([*root.glob("mixflow_core/**/*.py"), *root.glob("workers/**/*.py")]):
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def _lease(token: str) -> bytes:
-    """Whose it is: a machine and a process for people, the token for its holder, who may have been taken for dead."""
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "token": token}
-    return json.dumps(holder).encode()
-
-
-def _holder(storage: Storage, path: str) -> dict[str, Any] | None:
-    """What a lease says; None where there is none."""
-    try:
-        found: dict[str, Any] = json.loads(storage.read(path))
-        return found
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        log.warning("%s/%s is unreadable and taken for nobody's", storage.uri, path)
-        return {"time": 0.0}
-
-
-def _who(holder: Mapping[str, Any]) -> tuple[int, str]:
-    return holder["pid"], holder["host"]
-
-
-def _is_alive(holder: Mapping[str, Any]) -> bool:
-    """A lease is refreshed while its holder lives; on this machine a dead holder is seen at once."""
-    if time.time() - holder["time"] > LEASE_S:
-        return False
-    if holder["host"] != socket.gethostname():
-        return True
-    if holder["pid"] == os.getpid():  # a container that was started again gives its process the same number
-        return False
-    try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:  # there, and somebody else's
-        return True
-    return True

@@ -7,6 +7,7 @@ import resource
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,7 @@ def _measure(home: Path, count: int, *, workers: int, steps: int = STEPS, beside
     settings = _settings(home, count, steps)
     workspace = Workspace(_experiment(settings), open_storage(str(home / "ws")))
     progress = Progress(list(workspace.stages), 0)
-    _driver_stages(workspace, list(workspace.stages.values()), progress)
+    _driver_stages(workspace, list(workspace.stages.values()), progress, ExitStack())
     progress.close()
     mp.spawn(_rank, (workers, home, settings, beside), nprocs=workers)
     return [json.loads((home / f"{rank}.json").read_text()) for rank in range(workers)]

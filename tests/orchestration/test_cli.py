@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,14 @@ from safetensors.torch import save_file
 
 from orchestration import cluster
 from orchestration.cli import main
+from orchestration.inputs import check_inputs
+from orchestration.progress import Progress
+from orchestration.recipe import load
+from orchestration.run import Place, _driver_stages, run_experiment
 from orchestration.storage import open_storage
+from orchestration.workflow import Workspace
 from workers.data import ImageSet
+from workers.manifest import CorruptError
 from workers.models.sit import SiT, SiTConfig
 from workers.shards import write_shards
 
@@ -615,6 +622,25 @@ def test_a_checkpoint_that_fits_is_planned(capsys, checkpoint, recipe):
     """The control of the refusals below."""
     assert main(["plan", recipe(base=given(checkpoint)), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["training_steps"] == 9 * 10
+
+
+def test_force_looks_first_whether_it_can_be_done_again(recipe, checkpoint, place):
+    """The copy in the workspace may be the last there is of a given base; altered data are what is to be mended."""
+    file = recipe(base=given(checkpoint))
+    experiment, storage = load(file, ()), open_storage(str(place))
+    workspace, progress = Workspace(experiment, storage), Progress([], 0)
+    with ExitStack() as cleanup:
+        _driver_stages(workspace, list(workspace.stages.values()), progress, cleanup)
+    progress.close()
+    checkpoint.unlink()
+    with pytest.raises(ValueError, match=r"^base\.checkpoint must be a file"):
+        run_experiment(experiment, Place(storage, "", []), force=("base",))
+    assert Workspace(experiment, storage).artifact("base"), "what cannot be made again is kept"
+    shard = next(Path(workspace.result("data").full_uri).glob("train-*.parquet"))
+    shard.write_bytes(shard.read_bytes()[:-1])
+    with pytest.raises(CorruptError, match=shard.name):
+        check_inputs(Workspace(experiment, storage))
+    assert check_inputs(Workspace(experiment, storage), ["data"]).warnings == []
 
 
 @pytest.mark.parametrize("verb", ["plan", "run"])

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("trained")
     workspace = workspace_of(directory)
     progress = Progress(list(workspace.stages), 0)
-    _driver_stages(workspace, list(workspace.stages.values()), progress)
+    _driver_stages(workspace, list(workspace.stages.values()), progress, ExitStack())
     progress.close()
     run_group(1, directory, BEFORE)
     return directory
@@ -77,7 +78,7 @@ def test_an_arms_weights_measured_as_a_checkpoint_say_the_same(trained, tmp_path
     workspace = Workspace(experiment, open_storage(str(copy_of(trained, tmp_path / "copy") / "ws")))
     needed = [workspace.stages[name] for name in ("data", "base", "features", "slow-flow/base")]
     progress = Progress([stage.name for stage in needed], 0)
-    _driver_stages(workspace, needed, progress)
+    _driver_stages(workspace, needed, progress, ExitStack())
     progress.close()
     site = Site(workspace, 0, 1, torch.device("cpu"), tmp_path / "cache", lambda *told: None)
     run_stages(site, needed[2:])
@@ -238,6 +239,22 @@ def test_a_record_is_believed_only_with_its_content(tmp_path, change, why):
         "parts/1/it.json", json.dumps({key: value for key, value in record.items() if value is not None}).encode()
     )
     assert parts.finished("it", "1") == ((None, why) if why else (record, ""))
+
+
+def test_what_another_process_has_published_stays(tmp_path):
+    storage, late = open_storage(str(tmp_path / "ws")), tmp_path / "late"
+    late.mkdir()
+    first, second = Parts(storage, "samples/1", "parts/1"), Parts(storage, "samples/1", "parts/1")
+    (tmp_path / "it").write_text("first")
+    record = first.keep("it", "1", tmp_path / "it", {})
+    made = first.commit({"it": record}, tmp_path / "absent", {"by": "first"})
+    (tmp_path / "it").write_text("second")
+    with pytest.raises(FileExistsError, match="samples/1 was published by another process; run again"):
+        second.keep("it", "1", tmp_path / "it", {})
+    (late / "more").write_text("second")
+    assert second.commit({"it": {**record, "sha256": "0" * 64}}, late, {"by": "second"}) == made
+    assert (storage.fetch("samples/1", tmp_path / "copy") / "it").read_text() == "first"
+    assert not storage.exists("samples/1/more")
 
 
 def test_a_part_may_be_empty_where_that_is_said(tmp_path):

@@ -367,7 +367,7 @@ def test_a_protocol_differs_with_its_data(fabricated, tmp_path, summary):
 
 def test_missing_metrics_are_named(tmp_path):
     made = Fabricated(tmp_path)
-    made.workspace.forget("metrics/mixflow/2")
+    made.workspace.forget(["metrics/mixflow/2"])
     with pytest.raises(RuntimeError, match="metrics/mixflow/2 was asked for before it was done"):
         summarise(made.workspace)
 

@@ -329,6 +329,10 @@ def test_a_torn_or_hostile_manifest_is_none(
     assert warning.startswith(f"{storage.uri}/run/1: manifest.json is unreadable")
     with pytest.raises(CorruptError, match=r"run/1: manifest\.json is unreadable"):
         storage.fetch("run/1", tmp_path / "copy")
+    (directory / "small.txt").write_text("made again")
+    made = storage.publish(directory, "run/1")
+    assert storage.manifest("run/1") == made
+    assert (storage.fetch("run/1", tmp_path / "copy") / "small.txt").read_text() == "made again"
 
 
 def test_fetch_keeps_what_is_right_and_mends_the_rest(moto_s3: str, directory: Path, tmp_path: Path) -> None:

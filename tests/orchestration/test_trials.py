@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -119,7 +120,7 @@ def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("ready")
     workspace = Workspace(load("quickstart", TRIAL), open_storage(str(directory / "ws")))
     progress = Progress(list(workspace.stages), 0)
-    _driver_stages(workspace, list(workspace.stages.values()), progress)
+    _driver_stages(workspace, list(workspace.stages.values()), progress, ExitStack())
     progress.close()
     run_group(1, directory, ("base", "features", "reference", "arms", "samples", "metrics"), TRIAL)
     return directory

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,14 +17,18 @@ from typing import Any
 import pytest
 import torch
 
-from orchestration import stages, workflow
+from orchestration import lease as leases
+from orchestration import run, stages, workflow
 from orchestration.launch import Reporter
+from orchestration.lease import LEASE_S, HeldError
+from orchestration.progress import Progress
 from orchestration.recipe import load
-from orchestration.run import _forced
+from orchestration.run import _driver_stages, _forced
 from orchestration.site import Site
 from orchestration.storage import Storage, open_storage
 from orchestration.worker import worker_entry
-from orchestration.workflow import LEASE_S, Workspace, needed_for, stages_of
+from orchestration.workflow import Workspace, needed_for, stages_of
+from workers.io import StoppedError
 
 
 @pytest.fixture
@@ -152,7 +157,7 @@ def test_the_content_of_an_input_counts_and_not_its_history(storage, tmp_path):
     (directory / "file").write_text("one")
     other.publish("data", directory, seconds=99.0, num_workers=7)
     assert other.identity("base") == first
-    workspace.forget("data")
+    workspace.forget(["data"])
     publish(workspace, "data", tmp_path, "two")
     assert workspace.identity("base") != first
 
@@ -180,7 +185,7 @@ def test_forget_redoes_a_stage_and_its_checkpoints(storage, tmp_path):
     publish_all(workspace, tmp_path)
     name = "arms/mixflow/1"
     storage.put(f"{workspace.checkpoints(name)}/step-5/weights", b"half way")
-    workspace.forget(name)
+    workspace.forget([name])
     assert workspace.state(name) == "to do"
     assert storage.list(f"checkpoints/{name}") == []
     assert not [path for path in storage.list("checkpoints") if path.endswith("weights")]
@@ -193,8 +198,7 @@ def test_force_of_a_kind_and_of_several_stages_that_follow_each_other(storage, t
     publish_all(workspace_of(storage), tmp_path)
     workspace = workspace_of(storage)
     contents = {name: f"{name} {workspace.identity(name)}" for name in ("data", "base", *of_kinds(workspace, "arms"))}
-    for name in _forced(list(workspace.stages.values()), ("data", "arms", "base")):
-        workspace.forget(name)
+    workspace.forget(_forced(list(workspace.stages.values()), ("data", "arms", "base")))
     for name in ("data", "base"):
         assert workspace.state(name) == "to do"
         publish(workspace, name, tmp_path, contents[name])
@@ -211,7 +215,7 @@ def test_given_data_is_never_forgotten(storage, tmp_path):
     given.publish(tmp_path / "made", "set")
     workspace = workspace_of(storage, f"data={{shards: {given.uri}/set}}")
     assert workspace.state("data") == "done"
-    workspace.forget("data")
+    workspace.forget(["data"])
     assert given.exists("set/file")
     assert workspace.state("data") == "done"
 
@@ -359,7 +363,7 @@ def test_another_host_that_renews_its_lease_keeps_others_away(storage):
 
 
 def test_the_same_command_after_its_head_was_lost_waits_until_the_lease_has_run_out(storage, monkeypatch):
-    monkeypatch.setattr(workflow, "LEASE_S", 2.0)
+    monkeypatch.setattr(leases, "LEASE_S", 2.0)
     workspace = workspace_of(storage)
     hold(workspace, host="lost")
     begun = time.monotonic()
@@ -367,19 +371,21 @@ def test_the_same_command_after_its_head_was_lost_waits_until_the_lease_has_run_
         assert json.loads(storage.read(lease_of(workspace)))["host"] == socket.gethostname()
         assert time.monotonic() - begun > 1
     hold(workspace, host="lost")
-    with pytest.raises(ValueError, match="process 1 on lost"), workflow.hold(storage, lease_of(workspace), "a stage"):
+    with pytest.raises(ValueError, match="process 1 on lost"), leases.hold(storage, lease_of(workspace), "a stage"):
         pass  # of a stage the others ask again by themselves
 
 
 def test_who_was_taken_for_dead_leaves_the_lease_of_the_other(storage, monkeypatch, caplog):
-    monkeypatch.setattr(workflow, "LEASE_S", 0.2)
+    monkeypatch.setattr(leases, "LEASE_S", 0.2)
     workspace = workspace_of(storage)
-    with workspace.lease():
+    with workspace.lease() as held:
+        assert held.is_ours()
         hold(workspace, host="elsewhere", pid=7, token="another")
         waited = time.monotonic() + 30
         while "is another's" not in caplog.text:
             assert time.monotonic() < waited
             time.sleep(0.02)
+        assert held.lost
     assert json.loads(storage.read(lease_of(workspace)))["pid"] == 7
 
 
@@ -399,18 +405,18 @@ def test_an_unreadable_lease_holds_nobody_off(storage):
 
 
 def test_a_lease_is_renewed_even_after_a_failure(storage, monkeypatch):
-    monkeypatch.setattr(workflow, "LEASE_S", 0.2)
+    monkeypatch.setattr(leases, "LEASE_S", 0.2)
     workspace = workspace_of(storage)
-    put, renewed, attempts = storage.put, threading.Event(), []
+    put, renewed, attempts = type(storage).put, threading.Event(), []
 
-    def unreliable(path: str, data: bytes) -> None:
+    def unreliable(storage: Storage, path: str, data: bytes) -> None:
         attempts.append(path)
         if len(attempts) == 1:
             raise OSError("PUT s3://bucket/lease.json: SlowDown")
-        put(path, data)
+        put(storage, path, data)
         renewed.set()
 
-    monkeypatch.setattr(storage, "put", unreliable)
+    monkeypatch.setattr(type(storage), "put", unreliable)
     with workspace.lease():
         first = json.loads(storage.read(lease_of(workspace)))["time"]
         assert renewed.wait(60)
@@ -450,6 +456,75 @@ def test_a_stage_that_another_experiment_is_at_is_waited_for(storage, monkeypatc
     assert not waiting.is_alive()
     assert worked == ([] if published else ["base"])
     assert storage.exists(lease) == published, "what was taken is given back"
+
+
+@pytest.mark.parametrize("heard", [True, False])
+def test_a_stage_that_was_taken_over_is_not_published(storage, monkeypatch, tmp_path, heard):
+    """Whether its runner has heard of it while it worked, or only when it looks before it publishes."""
+    monkeypatch.setattr(leases, "LEASE_S", 0.2 if heard else 60)
+
+    def work(site, stage, inputs, directory):
+        storage.put(taken, json.dumps({"host": "elsewhere", "pid": 7, "time": time.time(), "token": "b"}).encode())
+        waited = time.monotonic() + 30
+        while heard and not site.is_to_stop():
+            assert time.monotonic() < waited
+            time.sleep(0.02)
+        assert site.is_to_stop() == heard
+        (directory / "result").write_text("mine")
+        return {}
+
+    monkeypatch.setitem(stages.WORK, "base", work)
+    workspace = workspace_of(storage)
+    publish(workspace, "data", tmp_path)
+    taken = f"leases/{workspace.path('base').replace('/', '-')}.json"
+    site = Site(workspace, 0, 1, torch.device("cpu"), tmp_path, lambda *_: None)
+    with pytest.raises(StoppedError, match="stopped in base, which is another process's by now"):
+        stages.run_stages(site, [workspace.stages["base"]])
+    assert workspace.state("base") == "to do"
+    assert json.loads(storage.read(taken))["pid"] == 7
+
+
+def test_nothing_is_forgotten_while_another_is_at_it(storage, tmp_path):
+    publish_all(workspace_of(storage), tmp_path)
+    workspace = workspace_of(storage)
+    holder = {"host": "elsewhere", "pid": 7, "time": time.time(), "token": "b"}
+    path = f"leases/{workspace.path('base').replace('/', '-')}.json"
+    storage.put(path, json.dumps(holder).encode())
+    forced = _forced(list(workspace.stages.values()), ("base", "arms"))
+    before = storage.list("")
+    with pytest.raises(HeldError, match="stage base must have one runner, but process 7 on elsewhere is at it"):
+        workspace.forget(forced)
+    assert storage.list("") == before
+    storage.delete(path)
+    workspace.forget(forced)
+    assert to_do(workspace_of(storage)) >= {"base", "arms/mixflow/0"}
+    assert storage.list("leases") == []
+
+
+def test_data_that_another_process_writes_are_waited_for(storage, monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "WAIT_S", 0.05)
+    monkeypatch.setattr(run, "_write_digits", lambda workspace: publish(workspace, "data", tmp_path, "mine"))
+    workspace, said = workspace_of(storage), list[str]()
+    progress = Progress(["data"], 0)
+    monkeypatch.setattr(progress, "say", said.append)
+    path = f"leases/{workspace.path('data').replace('/', '-')}.json"
+    with leases.hold(storage, path, "stage data"):
+        # To a process, a lease of its own number is that of one before it: as if it were on another machine.
+        monkeypatch.setattr(leases.socket, "gethostname", lambda: "here")
+        waiting = threading.Thread(
+            target=_driver_stages, args=(workspace, list(workspace.stages.values()), progress, ExitStack())
+        )
+        waiting.start()
+        waiting.join(0.5)
+        assert waiting.is_alive()
+        publish(workspace_of(storage), "data", tmp_path, "another's")
+    waiting.join(30)
+    progress.close()
+    assert not waiting.is_alive()
+    assert workspace.result("data").read("file") == b"another's"
+    assert len(said) == 1
+    assert said[0].startswith("warning: stage data must have one runner")
+    assert said[0].endswith("its result is waited for")
 
 
 # ------------------------------------------------------------------------------------------------- a worker's entry
