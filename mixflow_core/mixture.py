@@ -154,8 +154,8 @@ def _normal_below(t: float, angle: bool) -> float:
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """Moves times towards the noise: s -> shift s / (1 + (shift - 1) s) on s = 1 - t, any shape, shift >= 1."""
-    if shift == 1:
-        return t  # 1 - (1 - t) would round
-    s = 1 - t
-    return 1 - shift * s / (1 + (shift - 1) * s)
+    """Moves times towards the noise: s -> shift s / (1 + (shift - 1) s) on s = 1 - t, any shape, shift >= 1.
+
+    As a quotient of t, in which nothing cancels: 0 and 1 stay exactly where they are.
+    """
+    return t / (1 + (shift - 1) * (1 - t))

@@ -96,6 +96,11 @@ class Experiment(Frozen):
         for extractor in self.evaluation.extractors:
             if extractor.kind == "clip" and not is_captioned(self.model):
                 raise ValueError("evaluation.extractors must not have clip for class labels, which are no captions")
+            if extractor.kind == "digits" and self.model.num_classes == 1:
+                raise ValueError(
+                    "evaluation.extractors must not have digits where model.num_classes is 1: a classifier of one "
+                    "class learns no features; use dinov2 or inception"
+                )
             if extractor.kind != "digits" and self.image_shape[0] != 3:
                 raise ValueError(
                     f"evaluation.extractors must be digits for images of {self.image_shape[0]} channels, "
@@ -198,6 +203,12 @@ class Experiment(Frozen):
                 raise ValueError(
                     f"arms.{name}.mixture.interval must end at 0.99999 or before on path vp, whose sigma has no "
                     f"derivative at 1, got {list(mixture.interval)}"
+                )
+            if self.weighting != "none" and not 0 < _lowest_target(mixture) < mixture.interval[1] < 1:
+                raise ValueError(
+                    f"arms.{name}.mixture must keep its target's time inside (0, 1) where weighting is "
+                    f"{self.weighting}, which is infinite at the ends, got interval {list(mixture.interval)}, "
+                    f"slowing_law {mixture.slowing_law} and gamma {mixture.gamma}; narrow interval, lower gamma"
                 )
             if self.arms[name].judged and not mixture.is_standard and _matched(ways[name]) not in ways.values():
                 raise ValueError(
@@ -346,6 +357,13 @@ class Experiment(Frozen):
 def is_captioned(model: ModelConfig) -> bool:
     """Whether its labels are captions."""
     return isinstance(model, SD3Config)
+
+
+def _lowest_target(mixture: SlowedMixture) -> float:
+    """The lowest time of a target."""
+    if mixture.target_time == "t":
+        return mixture.interval[0]
+    return 0.0 if mixture.slowing_law == "independent" else (1 - mixture.gamma) * mixture.interval[0]
 
 
 _Way = tuple[SlowedMixture | None, TrainingCorrective, SamplingCorrective]

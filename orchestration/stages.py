@@ -31,7 +31,7 @@ from workers.models.family import Network, build
 from workers.models.sd3 import SD3
 from workers.sample import grid_png, sample_batch, sample_sets, samplers_of, write_part
 from workers.slow_flow import measure_slow_flow, new_probe
-from workers.train import allow_tf32, post_train
+from workers.train import post_train, set_precision
 
 log = logging.getLogger(__name__)
 WAIT_S = 2.0
@@ -47,8 +47,8 @@ def run_stages(site: Site, stages: list[Stage]) -> None:
             start = time.monotonic()
             if site.rank == 0:
                 site.tell(stage.name, 0, 1, {})
-            # A training that came before in this process may have left a lower precision: measuring is always in fp32.
-            allow_tf32(False)
+            # Whatever came before in this process: measuring and sampling are always in fp32, with the same kernels.
+            set_precision("fp32")
             with tempfile.TemporaryDirectory(prefix="mixflow-stage-") as scratch:
                 directory = Path(scratch)
                 about = WORK[stage.kind](site, stage, inputs, directory)
@@ -133,7 +133,7 @@ def _trial(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[st
     (what,), guide, decode = sample_sets(stage.settings["samples"]), _guide(site, inputs), _decoder(site)
     about = _train(site, stage, inputs, directory, Objective(site, stage, inputs, what, guide, decode))
     if site.rank == 0:
-        allow_tf32(False)
+        set_precision("fp32")
         run = site.workspace.experiment.sampling_run()
         given = [weights_of(site, inputs["base"]), load_file(directory / "weights.safetensors")]
         model = _network(site, inputs, run, given[-1:] if not getattr(run.model, "lora_rank", 0) else given)

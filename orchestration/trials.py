@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+from mixflow_core.ema import warm_decay
 from orchestration.experiment import Experiment
 from orchestration.recipe import put, validated
 from orchestration.sections import Sweep
@@ -62,6 +63,12 @@ def check_space(experiment: Experiment) -> list[Experiment]:
     for control in CONTROLS:
         trial_experiment(experiment, control, {})
     found = [trial_experiment(experiment, label_of(n), point) for n, point in enumerate(samples_of(laws))]
+    for one in found if "training.ema_decay" in laws else ():
+        if one.training.ema_decay > (most := warm_decay(1.0, one.training.steps)):
+            raise ValueError(
+                f"sweep.space must keep training.ema_decay at most {most:.4g}, which is where its warm-up is after "
+                f"{one.training.steps} steps: above, trials are the same, got {one.training.ema_decay}; lower it"
+            )
     steps = max(one.training.steps for one in found)
     if sweep.scheduler == "asha" and (grace := grace_of(experiment)) >= steps:
         raise ValueError(

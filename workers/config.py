@@ -31,10 +31,11 @@ class Training(Frozen):
         adam_beta2: AdamW's second-moment decay.
         weight_decay: AdamW's.
         grad_clip: largest gradient norm, 0 for none.
-        ema_decay: of the averaged weights that are evaluated, in [0, 1), warmed up.
+        ema_decay: of the averaged weights that are evaluated, in [0, 1), warmed up: after k steps it is at most
+            (1 + k) / (10 + k), .99 after 890 steps, .999 after 8,990, .9999 after 89,990.
         precision: `fp32`, `tf32` (GPU matrix products) or `bf16` (autocast).
         reproducible: compute shard by shard and add gradients in shard order, so that every number of workers gives the
-            same bits; slower and with one more copy of the gradients a worker.
+            same bits; slower and with two more copies of the gradients a worker.
         sharded: FSDP2, for a model that does not fit one GPU; DDP otherwise. Not with `reproducible`.
         activation_checkpointing: compute each block again in the backward pass instead of keeping its activations.
         compile: compile each block; the bits differ from the uncompiled run's.

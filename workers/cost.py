@@ -56,10 +56,12 @@ class Cost:
         """Estimate of a worker's peak for passes of `images` images.
 
         Weights, gradients, two moments and the average in fp32, divided by the workers where they are sharded (and two
-        blocks whole); activations, at 0.6 of the size under bf16 (residuals and norms stay in fp32) and with a cast
-        copy of the weights.
+        blocks whole), and two gradients more where they are added in the order of the shards; activations, at 0.6 of
+        the size under bf16 (residuals and norms stay in fp32) and with a cast copy of the weights.
         """
         states: float = 4 * (self.parameters + 4 * self.trainable)
+        if training.reproducible:
+            states += 2 * 4 * self.trainable
         if training.sharded:
             states = states / num_workers + 2 * 4 * self.largest_block
         kept = self.checkpointed_bytes if training.activation_checkpointing else self.activation_bytes

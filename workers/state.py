@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
-from pathlib import Path
+from functools import lru_cache, partial
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -56,24 +54,24 @@ class Trained:
         if hasattr(self.model, "projectors"):
             self.model.projectors.requires_grad_(run.alignment_weight > 0)
         for block in blocks_of(self.model):
+            if run.training.compile:  # first: a compiled checkpoint would fall back to running all below it eagerly
+                block.forward = torch.compile(block.forward)
             if run.training.activation_checkpointing:
                 block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-            if run.training.compile:
-                block.compile()
         if initial is not None:
             self.model.load_state_dict(dict(initial))
         given = {}
         if initial is not None and io.world_size > 1:  # kept whole, because sharding leaves this rank its part only
             given = {name: value.clone() for name, value in self.model.state_dict().items()}
         if run.training.sharded:
-            _shard(self.model, device)
+            _shard(self.model, device, run.training.precision)
         self.model.to(device)
         if io.world_size > 1 and from_rank_0(io, initial is not None):
             self._fill(dict(self.model.state_dict()), given)
         self.parameters = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.optimizer = _optimizer(run, self.parameters)
         self.ema = EMA(self.parameters, run.training.ema_decay)
-        self.writers = Writers(dist.new_group(backend="gloo")) if run.training.sharded and io.world_size > 1 else None
+        self.writers = Writers(_gloo_beside(dist.group.WORLD)) if run.training.sharded and io.world_size > 1 else None
 
     def restore(self) -> tuple[int, list[dict[str, float]], float]:
         """Takes up the newest checkpoint; returns its step, history and sum of losses, (0, [], 0) if there is none."""
@@ -180,15 +178,23 @@ def from_rank_0(io: RunIO, value: T) -> T:
     return box[0]
 
 
-def _shard(model: Network, device: torch.device) -> None:
+@lru_cache(maxsize=1)
+def _gloo_beside(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the same ranks that reduces in CPU memory: one, however many trainings a process serves."""
+    return dist.new_group(backend="gloo")
+
+
+def _shard(model: Network, device: torch.device, precision: str) -> None:
     """Each block is a unit that is gathered when it computes: memory for two blocks, not for the model."""
     if not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"
-        meeting = Path(tempfile.mkdtemp(prefix="mixflow-group-"), "group")
-        dist.init_process_group(backend, init_method=f"file://{meeting}", rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]  # not in torch's types
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    # Gathered as they are computed with: autocast would keep a bf16 copy of every weight until the backward pass.
+    bf16 = MixedPrecisionPolicy(torch.bfloat16, torch.float32, cast_forward_inputs=False)
     for block in blocks_of(model):
-        fully_shard(block, mesh=mesh)
+        fully_shard(block, mesh=mesh, mp_policy=bf16 if precision == "bf16" else MixedPrecisionPolicy())
     fully_shard(model, mesh=mesh)
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 
 from mixflow_core.interpolant import Interpolant
@@ -27,6 +26,7 @@ from workers.models.sd3 import SD3
 from workers.state import Trained, Weights, whole
 
 NUM_HELD_OUT = 512
+GATHERED = 2**24  # numbers of a gradient that are brought together at once
 
 
 class NonFiniteLossError(Exception):
@@ -81,7 +81,7 @@ def post_train(
         StoppedError: on every rank, after the step during which one of them was asked to stop.
     """
     training, interpolant = run.training, Interpolant(run.path)
-    _set_precision(training.precision)
+    set_precision(training.precision)
     trained = Trained(run, initial, io, device)
     model, parameters, optimizer = trained.model, trained.parameters, trained.optimizer
     if data.captions and isinstance(model, SD3):
@@ -129,9 +129,9 @@ def post_train(
                 score = held_out_loss(run, averaged, held_out, io, device)
                 found = {"eval/loss": score}
                 if judge and math.isfinite(score):
-                    allow_tf32(False)  # measuring is always in fp32
+                    set_precision("fp32")  # measuring is always in fp32
                     found |= judge.measure(step, averaged)
-                    _set_precision(training.precision)
+                    set_precision(training.precision)
             broken = next((key for key, value in found.items() if not math.isfinite(value)), None)
             if broken:  # the same on all ranks
                 io.wait()
@@ -161,11 +161,13 @@ def held_out_loss(run: RunConfig, model: nn.Module, held_out: ImageSet, io: RunI
 
     # One sum for each logical shard, added in their order: the same bits whatever the number of workers.
     num_shards = run.training.num_shards
+    # No pass has more images than training's may have, whatever the number of workers.
+    at_once = run.training.global_batch_size // num_shards * (run.training.shards_per_pass or num_shards)
     sums = torch.zeros(num_shards, dtype=torch.float64, device=device)
     for shard in range(io.rank, num_shards, io.world_size):
-        mine = slice(shard, None, num_shards)
-        batch = Batch(x1[mine], y[mine], x0[mine], u[mine]).to(device)
-        sums[shard] = _loss(run, model, batch, interpolant)
+        for rows in torch.arange(count)[shard::num_shards].split(at_once):
+            batch = Batch(x1[rows], y[rows], x0[rows], u[rows]).to(device)
+            sums[shard] += _loss(run, model, batch, interpolant)
     if io.world_size > 1:
         dist.all_reduce(sums)
     return sums.sum().item() / count
@@ -249,10 +251,8 @@ class _JoinedGradients:
         return total[0], total[1]
 
     def _accumulating(self, last: bool) -> contextlib.AbstractContextManager[object]:
-        """Gradients are reduced in the last pass only."""
-        if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(last)
-        elif isinstance(self.model, DistributedDataParallel) and not last:
+        """DDP reduces gradients in the last pass only; FSDP in each, or they would lie whole on every worker."""
+        if isinstance(self.model, DistributedDataParallel) and not last:
             return self.model.no_sync()
         return contextlib.nullcontext()
 
@@ -278,20 +278,25 @@ class _OrderedGradients:
         total = torch.zeros(size, device=batches[0].x1.device)
         local = []
         for first in range(0, num_shards, self.world_size):
-            mine = torch.zeros(size, device=total.device)
             if first // self.world_size < len(batches):
                 batch = batches[first // self.world_size]
                 loss = _loss(self.run, self.model, batch, interpolant, progress) * scale
-                grads = torch.autograd.grad(loss, self.parameters)
-                mine = torch.cat([*(g.reshape(-1) for g in grads), loss.detach().reshape(1), mine[-1:] + stop])
-                local.append(mine[-2])
-            for shard in self._gather(mine)[: num_shards - first]:
-                total += shard
+                mine = torch.cat([*self._gradient(loss), loss.detach().reshape(1), torch.full_like(total[-1:], stop)])
+                local.append(loss.detach())
+            else:
+                mine = torch.zeros_like(total)
+            for start in range(0, size, GATHERED):
+                piece = slice(start, start + GATHERED)
+                for shard in self._gather(mine[piece])[: num_shards - first]:
+                    total[piece] += shard
         self.local_loss = torch.stack(local).sum()
         parts = total[:-2].split([p.numel() for p in self.parameters])
         for parameter, part in zip(self.parameters, parts, strict=True):
             parameter.grad = part.view_as(parameter)
-        return total[-2], total[-1]
+        return total[-2].clone(), total[-1].clone()  # views would keep all gradients until the next step's end
+
+    def _gradient(self, loss: Tensor) -> Iterator[Tensor]:
+        return (gradient.reshape(-1) for gradient in torch.autograd.grad(loss, self.parameters))
 
     def _gather(self, mine: Tensor) -> list[Tensor]:
         if self.world_size == 1:
@@ -339,18 +344,18 @@ def _ranks_not_finite(io: RunIO, local_loss: Tensor) -> list[int]:
     return [rank for rank, ok in enumerate(flags) if not ok]
 
 
-def _set_precision(precision: str) -> None:
-    """Deterministic kernels always: a resumed run must repeat the uninterrupted one."""
+def set_precision(precision: str) -> None:
+    """Deterministic kernels always: a resumed run must repeat the uninterrupted one.
+
+    Args:
+        precision: of training; "fp32" for what is measured and sampled.
+    """
     # cuBLAS is deterministic only with a workspace of fixed size, and reads this when CUDA starts.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True)
     # Or every new tensor is filled first, for code that reads what it never wrote.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # not in torch's types
     torch.backends.cudnn.benchmark = False
-    allow_tf32(precision != "fp32")
-
-
-def allow_tf32(allowed: bool) -> None:
-    """Whether GPUs may compute fp32 matrix products and convolutions in TF32 (10 bits of mantissa)."""
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    torch.backends.cudnn.allow_tf32 = allowed
+    # TF32 on GPUs: 10 bits of mantissa in fp32 matrix products and convolutions.
+    torch.set_float32_matmul_precision("highest" if precision == "fp32" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "fp32"

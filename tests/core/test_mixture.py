@@ -285,3 +285,13 @@ def test_a_recipe_with_a_slip_is_refused_by_name(changes, where):
 def test_what_defines_the_method_has_no_hidden_default(missing):
     with pytest.raises(ValidationError, match=missing):
         read({k: v for k, v in GOOD.items() if k != missing})
+
+
+def test_a_shift_leaves_both_ends_exactly_where_they_are():
+    """Whatever the shift: what divides by t, or asks whether t is 0, sees no rounded 0."""
+    for shift in np.linspace(1.01, 15, 1400):
+        ends = shift_time(torch.tensor([0.0, 1.0]), float(shift))
+        assert ends.tolist() == [0, 1], shift
+    t = torch.linspace(0, 1, 101, dtype=torch.float64)
+    s = 1 - t
+    torch.testing.assert_close(shift_time(t, 3.0), 1 - 3 * s / (1 + 2 * s), rtol=0, atol=1e-15)

@@ -503,3 +503,24 @@ def test_an_unknown_key_names_the_nearest_one(file):
         with pytest.raises(ValueError, match="unknown key") as raised:
             load(str(file), [override])
         assert str(raised.value).endswith(f"did you mean {nearest!r}?"), override
+
+
+def test_a_classifier_of_one_class_is_no_extractor():
+    with pytest.raises(ValueError, match=r"extractors must not have digits where model.num_classes is 1"):
+        load("quickstart", ["data={shards: s3://bucket/x}", "model.num_classes=1"])
+
+
+def test_a_weighting_needs_targets_where_it_is_finite():
+    """SiT's weighted losses leave out both ends; slowing over the whole of [0, t] reaches the lower one again."""
+    inside = "{method: euler, num_steps: 8, start: 0.001, end: 0.999}"
+    given = [
+        "prediction=noise", "weighting=velocity", f"evaluation.samplers=[{inside}]",
+        f"evaluation.slow_flow_samplers=[{inside}]", "evaluation.primary=fd_digits/euler8-from0.001-to0.999/s1",
+    ]  # fmt: skip
+    standard = "{time_law: uniform, slowing_law: interval, gamma: 0, target_time: m, interval: [0.001, 0.999]}"
+    narrow = ["mixture.interval=[0.001, 0.999]", f"base.mixture={standard}", f"arms.standard.mixture={standard}"]
+    assert load("quickstart", [*given, *narrow]).weighting == "velocity"
+    with pytest.raises(ValueError, match=r"must keep its target's time inside \(0, 1\) where weighting is velocity"):
+        load("quickstart", given)
+    with pytest.raises(ValueError, match=r"arms.mixflow.mixture must keep .* and gamma 1.0; narrow interval, lower"):
+        load("quickstart", [*given, *narrow, "mixture.gamma=1.0"])

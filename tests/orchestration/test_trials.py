@@ -207,3 +207,10 @@ def test_samples_that_are_not_finite_end_the_trial(ready, tmp_path, monkeypatch)
     monkeypatch.setattr(objective, "sample_batch", broken)
     with pytest.raises(Exception, match=r"eval/fd_digits/euler3/s1 is not finite at step 20 \(last checkpoint: .*10"):
         run_trial(1, directory, {}, TRIAL)
+
+
+def test_decays_that_the_warm_up_never_reaches_are_no_space():
+    """After 1,000 steps the average's decay is at most 1001 / 1010."""
+    assert check_space(swept("sweep.space={training.ema_decay: 'uniform(0.9,0.99)'}", "training.steps=1000"))
+    with pytest.raises(ValueError, match=r"keep training.ema_decay at most 0.9911, .* after 1000 steps: .*, got 0.999"):
+        check_space(swept("sweep.space={training.ema_decay: 'choice(0.9,0.999)'}", "training.steps=1000"))

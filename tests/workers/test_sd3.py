@@ -140,6 +140,27 @@ def test_captions_are_looked_up_by_row_and_the_last_is_the_empty_one(tmp_path):
     assert all(not torch.allclose(outputs[i], outputs[j], atol=1e-3) for i in range(4) for j in range(i))
 
 
+def test_the_captions_of_one_batch_are_read_once_and_those_of_another_anew():
+    class Counted(np.ndarray):
+        reads = 0
+
+        def __getitem__(self, rows):
+            Counted.reads += 1
+            return np.asarray(self)[rows]
+
+    model, (x, t, y) = sd3(), batch()
+    text, pooled = captions(model.config, seed=5)
+    model.set_captions(text.view(Counted), pooled)
+    first, again = model(x, t, y), model(x, t, y)
+    assert torch.equal(first, again)
+    assert Counted.reads == 1
+    other = (y + 1) % 3
+    assert not torch.allclose(model(x, t, other), first, atol=1e-3)
+    assert Counted.reads == 2
+    model.set_captions(text[::-1].copy(), pooled)
+    assert not torch.allclose(model(x, t, y), first, atol=1e-3), "other captions, the same numbers"
+
+
 def test_missing_or_foreign_captions_are_refused():
     x, t, y = batch()
     with pytest.raises(ValueError, match="captions must be set before the network is called, got none"):

@@ -17,7 +17,7 @@ from workers.checkpoint import TrainState
 from workers.data import batch_rows, shard_batch
 from workers.io import StoppedError
 from workers.models.sit import SiT
-from workers.train import NonFiniteLossError, post_train
+from workers.train import NonFiniteLossError, held_out_loss, post_train
 
 
 def random_weights(run, seed=5):
@@ -300,3 +300,34 @@ def test_the_error_survives_pickling():
             "stopped before the update"
         )
     )
+
+
+@pytest.mark.parametrize("computed_again", [False, True])
+def test_compiled_blocks_are_compiled_whatever_is_kept_of_them(tmp_path, monkeypatch, computed_again):
+    graphs, compiler = [], torch.compile
+
+    def take(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", lambda block: compiler(block, backend=take))
+    torch._dynamo.reset()
+    io = local_io(tmp_path)
+    run = run_config(steps=1, checkpoint_every=1, compile=True, activation_checkpointing=computed_again)
+    state = post_train(run, pixels(), pixels(24, seed=1), io)
+    assert graphs
+    plain = post_train(run_config(steps=1, checkpoint_every=1), pixels(), pixels(24, seed=1), local_io(tmp_path / "b"))
+    for name, value in state.model.items():
+        torch.testing.assert_close(value, plain.model[name], msg=name)
+
+
+def test_the_held_out_loss_asks_for_no_more_images_at_once_than_training(tmp_path):
+    """And comes to the same: 24 images in 8 shards, one image of a shard at a time or all of them."""
+    found = []
+    for shards_per_pass in (1, 0):
+        run = run_config(global_batch_size=8, shards_per_pass=shards_per_pass)
+        model, sizes = SiT(run.model).initialise(0), []
+        model.register_forward_pre_hook(lambda module, inputs, sizes=sizes: sizes.append(len(inputs[0])))
+        found.append(held_out_loss(run, model, pixels(24, seed=1), local_io(tmp_path), torch.device("cpu")))
+        assert set(sizes) == {1 if shards_per_pass else 3}
+    assert found[0] == pytest.approx(found[1], rel=1e-6)

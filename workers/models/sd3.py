@@ -181,6 +181,7 @@ class SD3(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.requires_grad_(not config.lora_rank or is_adapter(name))
         self._captions: tuple[np.ndarray, np.ndarray] | None = None
+        self._last: tuple[Tensor, Tensor, Tensor] | None = None
         if config.lora_rank:
             self.register_load_state_dict_pre_hook(_accept_weights_without_adapters)
 
@@ -202,7 +203,7 @@ class SD3(nn.Module):
                 f"caption pooled must have shape ({rows}, {c.pooled_projection_dim}), got {pooled.shape}; "
                 "encode the captions with the model's own text encoders"
             )
-        self._captions = text, pooled
+        self._captions, self._last = (text, pooled), None
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The velocity at x for the told time t and the captions y.
@@ -212,10 +213,7 @@ class SD3(nn.Module):
         """
         if self._captions is None:
             raise ValueError("captions must be set before the network is called, got none; call set_captions first")
-        rows = y.cpu().numpy()
-        if rows.min() < 0 or rows.max() > self.config.null_label:
-            raise ValueError(f"y must lie in [0, {self.config.null_label}], got {rows.min()} to {rows.max()}")
-        text, pooled = (torch.from_numpy(table[rows]).to(x.device, x.dtype) for table in self._captions)
+        text, pooled = (table.to(x.dtype) for table in self._embeddings(y, x.device, self._captions))
         # Published with 1000 for noise, 0 for data, and the velocity from data to noise.
         velocity = self._transformer(
             hidden_states=x,
@@ -225,6 +223,18 @@ class SD3(nn.Module):
             return_dict=False,
         )[0]
         return -velocity
+
+    def _embeddings(
+        self, y: Tensor, device: torch.device, captions: tuple[np.ndarray, np.ndarray]
+    ) -> tuple[Tensor, Tensor]:
+        """The captions of y. A sampler asks for the same ones at every step: they are not read again."""
+        if self._last is None or self._last[0] is not y:
+            rows = y.cpu().numpy()
+            if len(rows) and (rows.min() < 0 or rows.max() > self.config.null_label):
+                raise ValueError(f"y must lie in [0, {self.config.null_label}], got {rows.min()} to {rows.max()}")
+            text, pooled = (torch.from_numpy(table[rows]).to(device) for table in captions)
+            self._last = y, text, pooled
+        return self._last[1:]
 
     @torch.no_grad()
     def initialise(self, seed: int) -> SD3:
