@@ -129,7 +129,10 @@ class _Parser(argparse.ArgumentParser):
     """argparse with this project's one-line errors and nearest names."""
 
     def error(self, message: str) -> NoReturn:
-        verb = re.search(r"invalid choice: '([^']*)'", message)
+        verb = re.search(r"argument VERB: invalid choice: '([^']*)'", message)
+        other = re.search(r"argument (\S+): invalid choice: '([^']*)' \(choose from (.*)\)", message)
+        if other and not verb:
+            message = f"{other[1]} must be one of {other[3]}, got {other[2]!r}"
         if verb:
             close = difflib.get_close_matches(verb[1], VERBS, n=1, cutoff=0.5)
             nearest = f"; did you mean {close[0]!r}?" if close else ";"
@@ -258,11 +261,13 @@ def _run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _checkpoint(arguments: argparse.Namespace) -> list[str]:
     """The settings by which `slow-flow --checkpoint` stands for the base."""
-    given = [getattr(arguments, name, None) for name in ("checkpoint", "sha256")]
+    given = [getattr(arguments, name, None) for name in ("checkpoint", "sha256")]  # of slow-flow alone
     if given == [None, None]:
         return []
     if None in given:
         raise ValueError("--checkpoint and --sha256 must be given together; sha256sum FILE prints it")
+    if not re.fullmatch("[0-9a-f]{64}", str(given[1])):
+        raise ValueError(f"--sha256 must be 64 hexadecimal digits, got {given[1]!r}; sha256sum FILE prints them")
     if arguments.arm:
         raise ValueError(f"--checkpoint must be left out for an arm, got both it and {arguments.arm!r}; choose one")
     path = json.dumps(given[0])  # YAML that reads as text whatever is in it
@@ -287,7 +292,7 @@ def _sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     experiment = load(arguments.experiment, arguments.overrides, spaces=arguments.space)
     place = open_place()
     outcome = run_sweep(experiment, place, resume=arguments.resume)
-    if arguments.confirm:
+    if arguments.confirm and outcome["best"]:
         outcome["confirmed"] = confirm(experiment, outcome, place)
     if not arguments.json:
         print(outcome["table"])
@@ -296,7 +301,7 @@ def _sweep(arguments: argparse.Namespace) -> dict[str, Any]:
             print(outcome["confirmed"]["table"])
             print(f"report:  {outcome['confirmed']['report']}")
         print(f"MLflow:  {mlflow_server.ui_command(outcome['tracking']['uri'])}")
-    return outcome
+    return {**outcome, "exit_code": DONE if outcome["best"] else FAILED}
 
 
 def _say_data(data: Mapping[str, Any]) -> None:
@@ -428,14 +433,18 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
     from orchestration.run import open_place
 
     experiment, target = load(arguments.experiment, arguments.overrides), Path(arguments.target)
-    if target.suffix in (".json", ".py"):
+    kind = {".json": "settings", ".py": "settings", ".npz": "samples"}.get(target.suffix, "weights")
+    for option, of in (("cell", "samples"), ("adapters", "weights")):
+        if getattr(arguments, option) and kind != of:
+            raise ValueError(f"--{option} must be left out where {kind} are written, got it with {target}; remove it")
+    if kind == "settings":
         answer = export_mixture(experiment, arguments.arm, target)
         if not arguments.json:
             print(f"{answer['stage']}: {answer['written']}")
             print("".join(f"no counterpart: {text}\n" for text in answer.get("no_counterpart", ())), end="")
         return answer
     which = experiment, open_place(), arguments.arm, arguments.replicate
-    if target.suffix == ".npz":
+    if kind == "samples":
         answer = export_samples(*which, arguments.cell, target)
     else:
         answer = export_weights(*which, target, adapters=arguments.adapters)
@@ -445,29 +454,44 @@ def _export(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _replay(arguments: argparse.Namespace) -> dict[str, Any]:
+    from orchestration.lease import HeldError, hold
     from orchestration.mlflow_server import without_password
     from orchestration.run import open_place
     from orchestration.spool import list_spools
     from orchestration.tracking import replay
 
     place = open_place()
-    answer: dict[str, Any] = {"tracking": without_password(place.tracking_uri), "spools": []}
+    answer: dict[str, Any] = {"tracking": without_password(place.tracking_uri), "spools": [], "running": []}
     for spool in list_spools(place.storage):
-        found = replay(place.storage, place.tracking_uri, spool)
+        name = spool.rpartition("/")[2]
+        kind = "sweeps" if place.storage.exists(f"sweeps/{name}/experiment.json") else "experiments"
+        try:
+            with hold(place.storage, f"{kind}/{name}/lease.json", spool):
+                found = replay(place.storage, place.tracking_uri, spool)
+        except HeldError:
+            answer["running"].append(spool)
+            if not arguments.json:
+                print(f"{spool}: its run is at work and sends its events itself")
+            continue
         answer["spools"].append({"spool": spool, **asdict(found)})
         if not arguments.json:
             refused = f" ({found.rejected} of them refused, kept in {spool}/rejected)" if found.rejected else ""
             print(f"{spool}: {found.sent} events sent{refused}, {found.pending} still waiting")
-    if not answer["spools"] and not arguments.json:
+    if not (answer["spools"] or answer["running"] or arguments.json):
         print(f"no spool in {place.storage.uri}: nothing to send")
     pending = sum(spool["pending"] for spool in answer["spools"])
     return {**answer, "exit_code": FAILED if pending else DONE}
 
 
 def _submit(arguments: argparse.Namespace) -> dict[str, Any]:
-    from orchestration.submit import submit
+    from orchestration.recipe import load
+    from orchestration.submit import check_verb, submit
 
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
+    check_verb(command)
+    its = _parser().parse_args(command)
+    if its.verb in (*STAGE_VERBS, "sweep"):  # what is wrong in the words is said here, not by a job minutes later
+        load(its.experiment, [*its.overrides, *_checkpoint(its)], getattr(its, "space", ()))
     answer = submit(command, arguments.address, dry_run=arguments.dry_run, as_json=arguments.json)
     if arguments.dry_run and not arguments.json:
         print(answer["command"])

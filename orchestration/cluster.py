@@ -15,6 +15,7 @@ from orchestration.sections import Cluster
 from orchestration.storage import Storage
 
 NAMESPACE = "mixflow"
+NODE_ANSWERS_S = 30.0  # a node that is gone is Ray's to find
 # glibc would give the pages of every tensor back to the system and fetch new ones for the next: a tenth of the time.
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "536870912"}
 # Of the driver's environment, what every worker is told: which interfaces and transports collectives use, and how.
@@ -205,10 +206,18 @@ def check_shared(storage: Storage) -> None:
         sees = ray.remote(num_cpus=0)(lambda: storage.exists(probe))
         for node in nodes:
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            if not ray.get(sees.options(scheduling_strategy=here).remote()):
+            address = node["NodeManagerAddress"]
+            try:
+                is_there = ray.get(sees.options(scheduling_strategy=here).remote(), timeout=NODE_ANSWERS_S)
+            except ray.exceptions.GetTimeoutError as error:
                 raise ValueError(
-                    f"MIXFLOW_WORKSPACE must be shared by all nodes, but {node['NodeManagerAddress']} does not see "
-                    f"{storage.uri}; use s3://bucket/prefix"
+                    f"MIXFLOW_WORKSPACE must be shared by all nodes, but {address} did not say within "
+                    f"{NODE_ANSWERS_S:g} s whether it sees {storage.uri}; look at that node"
+                ) from error
+            if not is_there:
+                raise ValueError(
+                    f"MIXFLOW_WORKSPACE must be shared by all nodes, but {address} does not see {storage.uri}; "
+                    "use s3://bucket/prefix"
                 )
     finally:
         storage.delete(probe)

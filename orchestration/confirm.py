@@ -8,16 +8,16 @@ from dataclasses import asdict
 from typing import Any
 
 from orchestration.experiment import Experiment
-from orchestration.launch import Reporter
+from orchestration.launch import Reporter, RunFailedError
 from orchestration.protocols import fingerprint
 from orchestration.recipe import put, validated
+from orchestration.recording import DRAIN_S
 from orchestration.results import format_interval, summarise
 from orchestration.run import Place, run_experiment
 from orchestration.trials import MATCHED, STANDARD
 from orchestration.workflow import Workspace
 
 BEST = "best"
-DRAIN_S = 60.0
 
 
 def best_experiment(experiment: Experiment, params: Mapping[str, Any]) -> Experiment:
@@ -39,10 +39,10 @@ def confirm(experiment: Experiment, answer: Mapping[str, Any], place: Place) -> 
     """Runs the best of a sweep as an experiment and registers its first weights in MLflow's model registry.
 
     Raises:
-        ValueError: no trial has finished.
+        RunFailedError: no trial has finished.
     """
     if answer["best"] is None:
-        raise ValueError("--confirm needs a trial that has finished, got none; see the reasons in the table")
+        raise RunFailedError("--confirm needs a trial that has finished, got none; see the reasons in the table")
     again = best_experiment(experiment, answer["best"]["params"])
     outcome = run_experiment(again, place)
     workspace = Workspace(again, place.storage)

@@ -139,9 +139,10 @@ class Reporter:
     def start_run(
         self, stage: str, name: str, params: Mapping[str, Any], tags: Mapping[str, str], parent: str | None = None
     ) -> None:
-        """Starts or continues a run, as a child of `parent`'s where one is given."""
+        """Starts or continues a run, as a child of `parent`'s where one is given; durable when it returns."""
         key = None if parent is None else self.key(parent)
         self.tracker.start_run(self.key(stage), name, parent=key, params=params, tags=tags)
+        self.tracker.flush()  # MLflow refuses all else of a run whose start was lost with this process
 
     def log(self, stage: str, metrics: list[Metric]) -> None:
         """Metrics of a run; what MLflow has already is not sent again."""
@@ -193,8 +194,9 @@ def start_reporter(workspace: Workspace, tracking_uri: str) -> tuple[Any, str]:
         "namespace": NAMESPACE,
         "scheduling_strategy": here,
     }
-    # Several calls at once: draining must not keep the workers' metrics waiting.
-    handle = actor.options(num_cpus=0, max_restarts=-1, max_concurrency=4, **options).remote(
+    # Several calls at once: draining must not keep the workers' metrics waiting. What was asked of one that died is
+    # asked of the next: nobody fails for it.
+    handle = actor.options(num_cpus=0, max_restarts=-1, max_task_retries=-1, max_concurrency=4, **options).remote(
         workspace.storage.uri, tracking_uri, workspace.experiment.name, workspace.home
     )
     return handle, options["name"]

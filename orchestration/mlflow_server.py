@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import http.client
 import os
 import re
 import shlex
@@ -11,7 +12,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import SplitResult, unquote, urlsplit
 
 from orchestration.s3_client import s3_environment
 from orchestration.storage import Storage
@@ -27,7 +28,7 @@ def check_tracking(tracking_uri: str) -> str | None:
         ValueError: one line, for a URI that is none of http, https, sqlite and postgresql, credentials that are refused
             (401, 403), another server than MLflow's (404), or a sqlite directory that cannot be written.
     """
-    scheme = urlsplit(_with_driver(tracking_uri)).scheme
+    scheme = _parts(_with_driver(tracking_uri)).scheme
     checks = {"http": _check_http, "https": _check_http, "sqlite": _check_sqlite, DRIVER: _check_postgresql}
     if scheme not in checks:
         file_store = scheme in ("", "file")
@@ -35,6 +36,20 @@ def check_tracking(tracking_uri: str) -> str | None:
         rule = "MLFLOW_TRACKING_URI must start with http, https, sqlite or postgresql"
         raise ValueError(f"{rule}, got {without_password(tracking_uri)!r}; {hint}")
     return checks[scheme](tracking_uri)
+
+
+def _parts(uri: str) -> SplitResult:
+    """A URI taken apart; ValueError where host or port are none."""
+    try:
+        parts = urlsplit(uri)
+        if parts.scheme in ("http", "https") and (not parts.hostname or re.search(r"\s", parts.netloc)):
+            raise ValueError("no host")
+        _ = parts.port  # read here, where it is refused if it is none
+        return parts
+    except ValueError as error:
+        shown = without_password(uri)
+        rule = "MLFLOW_TRACKING_URI must be an address such as http://host:5000"
+        raise ValueError(f"{rule}, got {shown!r} ({error}); correct it") from error
 
 
 def default_tracking_uri(workspace: Storage) -> str:
@@ -127,7 +142,7 @@ def ask(uri: str, path: str) -> int:
     address = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl().rstrip("/")
     request = urllib.request.Request(address + path, headers=headers)
     try:
-        with urllib.request.urlopen(request, timeout=ANSWER_S) as answer:
+        with urllib.request.build_opener(_SameHost).open(request, timeout=ANSWER_S) as answer:
             return int(answer.status)
     except urllib.error.HTTPError as error:
         if error.code == 403 and b"Invalid Host header" in error.read(1000):
@@ -141,6 +156,22 @@ def ask(uri: str, path: str) -> int:
         if isinstance(error.reason, ssl.SSLCertVerificationError):
             return 0
         raise OSError(str(error.reason)) from error
+    except http.client.HTTPException as error:
+        rule = "MLFLOW_TRACKING_URI must be the address of an MLflow server"
+        raise ValueError(
+            f"{rule}, got an answer that is no HTTP from {without_password(uri)}; correct host or port"
+        ) from error
+
+
+class _SameHost(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect to another host, or from TLS to none: it would be given the credentials."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        """None, which makes the redirect the answer, or the request that follows it."""
+        old, new = urlsplit(req.full_url), urlsplit(newurl)
+        if old.hostname != new.hostname or (old.scheme, new.scheme) == ("https", "http"):
+            return None
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
 def _client_status(uri: str) -> int:

@@ -113,8 +113,9 @@ def cost_lines(plan: Mapping[str, Any], mfu: float, peak_tflops: float | None) -
         f"model       {plan['parameters']:,} parameters, {plan['trainable_parameters']:,} of them train",
         f"compute     {plan['forward_gflops_per_image']:.4g} GFLOP an image forward, "
         f"{plan['training_gflops_per_image']:.4g} trained (2 for each multiply-add)",
-        f"one arm     {plan['arm_flops']:.3g} FLOPs, {hours:,.2f} device-hours at {of_peak}",
-        f"steps       {plan['arm_steps']:,} an arm, {arms} arms that train, {pairs} pairs; {total:,} in all",
+        f"one arm     {plan['arm_flops']:.3g} FLOPs, {_hours(hours)} at {of_peak}",
+        f"steps       {plan['arm_steps']:,} an arm, {arms} arms that train, {pairs} pairs; {total:,} in all, "
+        f"{_hours(hours * total / plan['arm_steps'])}",
         f"memory      about {plan['memory_gib_per_worker']:.2f} GiB a worker, {plan['images_per_pass']} images a pass",
     ]
     lines += [f"            {gib:9.2f} GiB with {mode}" for mode, gib in plan["memory_gib_by_mode"].items()]
@@ -123,6 +124,10 @@ def cost_lines(plan: Mapping[str, Any], mfu: float, peak_tflops: float | None) -
     if (million := plan["data_gib_per_million_images"]) is not None:
         lines.append(f"data        {million:,.2f} GiB encoded from each million images of the source")
     return lines
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.2f} device-hours" if hours >= 0.01 else f"{hours * 3600:.2g} device-seconds"
 
 
 def plan_text(plan: Mapping[str, Any], mfu: float, peak_tflops: float | None) -> str:
@@ -138,6 +143,8 @@ def plan_text(plan: Mapping[str, Any], mfu: float, peak_tflops: float | None) ->
         names = by_state.get(state, [])
         lines.append(f"{state:<6} {len(names):>3} stages  {', '.join(names)}".rstrip())
     parts, to_encode = plan["storage_gib_by_part"], plan["images_to_encode"]
+    sampling_peak = peak_tflops or PEAK_TFLOPS["fp32"]
+    to_sample = plan["sampling_flops"] / (mfu * sampling_peak * 1e12) / 3600
     lines += [
         "",
         f"identity    {plan['identity']}",
@@ -148,7 +155,8 @@ def plan_text(plan: Mapping[str, Any], mfu: float, peak_tflops: float | None) ->
         "still to do:",
         *([f"encode      {sum(to_encode.values()):,} images to {parts['data']:,.3f} GiB of data"] if to_encode else []),
         f"train       {plan['training_steps']:,} steps, {plan['training_flops']:.3g} FLOPs, {parts['runs']:,.3f} GiB",
-        f"sample      {plan['sampling_flops']:.3g} FLOPs, {parts['samples']:,.3f} GiB",
+        f"sample      {plan['sampling_flops']:.3g} FLOPs, {_hours(to_sample)} in fp32 at {mfu:.0%} of "
+        f"{sampling_peak:g} TFLOP/s, {parts['samples']:,.3f} GiB",
         f"write       {plan['storage_gib']:,.3f} GiB in all",
     ]
     return "\n".join(lines)

@@ -109,7 +109,10 @@ def read(name: str, overrides: Sequence[str] = (), spaces: Sequence[str] = ()) -
             _apply(raw, override)
     for path in PATHS:
         _make_absolute(raw, path)
-    for space in spaces:
+    keys = [space.partition("=")[0] for space in spaces]
+    for space, key in zip(spaces, keys, strict=True):
+        if keys.count(key) > 1:
+            raise ValueError(f"--space must have each key once, got {key} {keys.count(key)} times; remove one")
         _add_space(name, raw, space)
     return raw
 
@@ -264,7 +267,7 @@ def _read(name: str) -> dict[str, Any]:
         text = resources.files("orchestration.recipes").joinpath(f"{name}.yaml").read_text()
     else:
         raise ValueError(
-            f"unknown recipe {name!r}{nearest(name, recipes())}; available are {', '.join(recipes())}, or a .yaml file"
+            f"unknown recipe {name!r}{nearest(name, recipes())}; give one of them, or a path that ends in .yaml"
         )
     if len(text) > MOST_BYTES:
         raise ValueError(f"experiment file must have at most {MOST_BYTES} characters, got {len(text)} in {name!r}")
@@ -316,8 +319,8 @@ def _plain(value: Any, where: str = "", left: Iterator[int] | None = None, depth
 
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise ValueError(f"--set must be dotted.key=value, got {override!r}")
+    if not equals or not key or key != key.strip():
+        raise ValueError(f"--set must be dotted.key=value, without blanks around =, got {override!r}")
     try:
         value = yaml.load(text, _Loader)
     except _YAML_RAISES as error:

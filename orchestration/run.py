@@ -6,8 +6,8 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,8 @@ def open_place() -> Place:
     """
     storage = open_workspace()
     tracking_uri = mlflow_server.default_tracking_uri(storage)
-    storage.check()
+    with _of_workspace():
+        storage.check()
     warning = mlflow_server.check_tracking(tracking_uri)
     return Place(storage, tracking_uri, [warning] if warning else [])
 
@@ -69,7 +70,17 @@ def open_workspace() -> Storage:
             "MIXFLOW_WORKSPACE must be an s3:// URI or an absolute path on a shared disk inside a Ray job, "
             f"got {uri!r}; give it in the job's runtime environment"
         )
-    return open_storage(uri or "./mixflow-workspace")
+    with _of_workspace():
+        return open_storage(uri or "./mixflow-workspace")
+
+
+@contextmanager
+def _of_workspace() -> Iterator[None]:
+    """Gives what is wrong with the storage the name under which it was given."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"MIXFLOW_WORKSPACE: {error}") from error
 
 
 def run_experiment(
@@ -162,7 +173,7 @@ def _encode(workspace: Workspace, cleanup: ExitStack, progress: Progress) -> Non
     experiment, asked = workspace.experiment, workspace.experiment.cluster
     assert experiment.data.images, "the caller knows"
     assert experiment.codec, "the experiment was validated"
-    join(workspace, cleanup, progress)
+    join_cluster(workspace, cleanup, progress)
     is_elastic = asked.least_workers < asked.most_workers
     num_workers = min(asked.most_workers, cluster.room_for(asked)) if is_elastic else asked.most_workers
 
@@ -249,11 +260,11 @@ def open_reporter(
         reporter = Reporter(place.storage.uri, place.tracking_uri, workspace.experiment.name, workspace.home)
         cleanup.callback(reporter.tracker.close)
         return reporter, ""
-    join(workspace, cleanup, progress)
+    join_cluster(workspace, cleanup, progress)
     return start_reporter(workspace, place.tracking_uri)
 
 
-def join(workspace: Workspace, cleanup: ExitStack, progress: Progress, *, dashboard: bool = False) -> None:
+def join_cluster(workspace: Workspace, cleanup: ExitStack, progress: Progress, *, dashboard: bool = False) -> None:
     """Makes this process the driver of a cluster that can hold the experiment, if it is not yet."""
     if cluster.is_joined():
         return

@@ -72,6 +72,7 @@ class S3Client:
 
         def attempt() -> T:
             from botocore.exceptions import BotoCoreError, ClientError
+            from botocore.httpsession import URLLib3SSLError
             from botocore.parsers import ResponseParserError
 
             client = None
@@ -83,6 +84,8 @@ class S3Client:
             except (BotoCoreError, ResponseParserError) as error:
                 kind = TransientError if self._may_pass(error, client) else PermanentError
                 raise kind(f"{where}: {_flat(error)}") from error
+            except URLLib3SSLError as error:  # a body that breaks off under TLS, which botocore lets through
+                raise TransientError(f"{where}: {_flat(error)}") from error
             except TransientError as error:
                 raise type(error)(f"{where}: {error}") from error
             self._worked = True

@@ -112,6 +112,8 @@ class S3Storage(Storage):
             hasty._probe()
         except OSError as error:
             raise ValueError(diagnosis(self.uri, error)) from error
+        if not self.prefix:
+            return  # others may have uploads under way in this bucket
         try:
             hasty.discard_unfinished("", ABANDONED_S)
         except OSError as error:  # perhaps the credentials do not cover it: nothing that a run needs

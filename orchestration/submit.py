@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import difflib
 import json
 import os
 import re
@@ -25,7 +26,7 @@ from urllib.parse import urlsplit
 
 from orchestration.cluster import NETWORK
 from orchestration.doctor import COMPOSE_ENV, read_env
-from orchestration.wording import nearest
+from orchestration.mlflow_server import without_password
 
 # Of the submitter's environment, what a job is told where it is set, beside NETWORK; all else is the nodes' own.
 PASSED = (
@@ -64,21 +65,22 @@ def submit(
     variables = passed(os.environ)
     with contextlib.ExitStack() as cleanup:
         package = Path(tempfile.mkdtemp(prefix="mixflow-job-"))
-        if not dry_run:
-            cleanup.callback(shutil.rmtree, package)
+        cleanup.callback(shutil.rmtree, package)
         entrypoint = shlex.join(["python", "-m", "orchestration", *pack(arguments, package)])
         refuse_secrets([entrypoint, *arguments, *variables.values()], os.environ)  # quoting may hide a value
         environment: dict[str, Any] = {"working_dir": str(package)}
         if variables:
             environment["env_vars"] = variables
-        where = job_server(address)
+        where = job_server(address, look=not dry_run)
         if dry_run:
+            cleanup.pop_all()  # the package is what is asked for
             line = ["ray", "job", "submit", "--address", where, "--working-dir", environment.pop("working_dir")]
             given = ["--runtime-env-json", json.dumps(environment)] if environment else []
             return {"command": f"{shlex.join([*line, *given])} -- {entrypoint}", "package": str(package)}
         client = _client(where)
         job = _start(client, entrypoint, environment, f"mixflow-{command[0]}-{uuid.uuid4().hex[:8]}")
-    _say(f"job {job} at {where}; told {', '.join(variables) or 'nothing'}, all else it finds on the nodes")
+    shown = without_password(where)
+    _say(f"job {job} at {shown}; told {', '.join(variables) or 'nothing'}, all else it finds on the nodes")
     log = Log(as_json)
     info = follow(client, job, log)
     code = info.driver_exit_code if info.status == "FAILED" else 0 if info.status == "SUCCEEDED" else 1
@@ -86,7 +88,7 @@ def submit(
         _say(f"job {job} failed: {info.message}")
     elif info.status == "STOPPED":
         _say(f"job {job} is stopped; the same command goes on from here")
-    answer = {"job": job, "address": where, "status": str(info.status.value)}
+    answer = {"job": job, "address": shown, "status": str(info.status.value)}
     return {**log.document(), **answer, "exit_code": code if code in range(256) else 1}
 
 
@@ -100,7 +102,8 @@ def passed(environ: Mapping[str, str]) -> dict[str, str]:
     found = {name: environ[name] for name in names if environ.get(name)}
     for name, value in found.items():
         parts = urlsplit(value)
-        if parts.password or (parts.username and parts.scheme.startswith("http")):  # a token may stand for a user
+        is_token = bool(parts.username) and parts.scheme.startswith("http")  # which may stand for a user
+        if parts.password or is_token or without_password(value) != value:
             raise ValueError(
                 f"{name} must hold no password or token in a job, got one, which Ray would show to everybody; leave it "
                 "to the nodes' own environment (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_*)"
@@ -128,6 +131,15 @@ def refuse_secrets(shown: Sequence[str], environ: Mapping[str, str]) -> None:
             )
 
 
+def check_verb(command: Sequence[str]) -> None:
+    """Whether it begins with the verb of a job; ValueError otherwise."""
+    if not command or command[0] not in VERBS:
+        close = difflib.get_close_matches(command[0], VERBS, n=1) if command else []
+        got = repr(command[0]) if command else "nothing"
+        mend = f"did you mean {close[0]!r}?" if close else "run others here"
+        raise ValueError(f"the verb of a job must be one of {', '.join(VERBS)}, got {got}; {mend}")
+
+
 def pack(arguments: Sequence[str], package: Path) -> list[str]:
     """Copies what a job needs into the directory `package`: the sources, and experiment files among the arguments.
 
@@ -135,11 +147,8 @@ def pack(arguments: Sequence[str], package: Path) -> list[str]:
         The arguments, with experiment files by their place in the package.
 
     Raises:
-        ValueError: no such verb or file, a file that cannot be packaged, or a package over 20 MiB.
+        ValueError: no such file, one that cannot be packaged, or a package over 20 MiB.
     """
-    if not arguments or arguments[0] not in VERBS:
-        got = repr(arguments[0]) + nearest(arguments[0], VERBS) if arguments else "nothing"
-        raise ValueError(f"the verb of a job must be one of {', '.join(VERBS)}, got {got}; run others here")
     root = Path(__file__).parents[1]
     for name in PACKAGES:
         shutil.copytree(root / name, package / name, ignore=shutil.ignore_patterns("__pycache__"))
@@ -182,11 +191,11 @@ def _copy(file: str, package: Path) -> str:
     return file if inside else source.name
 
 
-def job_server(address: str | None) -> str:
+def job_server(address: str | None, *, look: bool = True) -> str:
     """The address of the job server, after a look whether anybody listens there; sets Ray's variables for it.
 
     Raises:
-        ValueError: nobody does.
+        ValueError: nobody does, or it is none.
     """
     environ = os.environ
     where = address or environ.get("RAY_API_SERVER_ADDRESS") or environ.get("RAY_ADDRESS") or ""
@@ -197,7 +206,10 @@ def job_server(address: str | None) -> str:
             environ.setdefault("RAY_AUTH_TOKEN", compose["RAY_AUTH_TOKEN"])
     if environ.get("RAY_AUTH_TOKEN") or environ.get("RAY_AUTH_TOKEN_PATH"):
         environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's job client has it off even where there is a token
-    if not where.startswith(("http://", "https://")):
+    kind = where.partition("://")[0] if "://" in where else ""
+    if kind not in ("", "http", "https", "ray"):
+        raise ValueError(f"--address must be Ray's job server, http://host:8265, got {without_password(where)!r}")
+    if kind not in ("http", "https") or not look:
         return where  # auto, ray:// or the address of a head: Ray finds the job server itself
     parts = urlsplit(where)
     try:
@@ -205,8 +217,8 @@ def job_server(address: str | None) -> str:
         socket.create_connection((parts.hostname or "", port), timeout=5).close()
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"--address must be Ray's job server, http://host:8265, got {where!r} ({error}); start the cluster "
-            "(docker compose -f docker/compose.yaml up -d) or correct it"
+            f"--address must be Ray's job server, http://host:8265, got {without_password(where)!r} ({error}); start "
+            "the cluster (docker compose -f docker/compose.yaml up -d) or correct it"
         ) from error
     environ["RAY_API_SERVER_ADDRESS"] = where  # it would go before the argument
     return where
@@ -225,7 +237,9 @@ def _client(address: str) -> Any:
         ) from error
     except (ConnectionError, RuntimeError) as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"--address must be Ray's job server, got {address!r} ({reason[:160]}); correct it") from error
+        raise ValueError(
+            f"--address must be Ray's job server, got {without_password(address)!r} ({reason[:160]}); correct it"
+        ) from error
 
 
 def _start(client: Any, entrypoint: str, environment: dict[str, Any], name: str) -> str:

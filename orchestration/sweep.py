@@ -27,7 +27,7 @@ from orchestration.experiment import Experiment, derived_seed
 from orchestration.launch import ControllerDiedError, DivergedError, RunFailedError, cause_of, launch
 from orchestration.ledger import Entry, Ledger
 from orchestration.progress import Progress
-from orchestration.run import Place, delivered, join, open_reporter, run_experiment
+from orchestration.run import Place, delivered, join_cluster, open_reporter, run_experiment
 from orchestration.space import suggest
 from orchestration.storage import open_storage
 from orchestration.sweep_report import SweepRecorder, SweepWorkspace, budget, conclude, history_of
@@ -77,7 +77,7 @@ def run_sweep(experiment: Experiment, place: Place, *, resume: bool = False) -> 
             spent = budget(experiment, reached)
             progress.say(spent["text"])
             if is_open:
-                join(workspace, cleanup, progress, dashboard=True)
+                join_cluster(workspace, cleanup, progress, dashboard=True)
         run_experiment(experiment, place, targets=_shared(experiment))
         labels = map(label_of, range(len(ledger.trials) + sweep_of(experiment).most_trials))
         names = [f"trials/{label}" for label in (*CONTROLS, *labels)]

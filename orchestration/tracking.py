@@ -165,14 +165,23 @@ class Tracker:
         Returns:
             The number of events (each metric value is one) that MLflow does not have yet; the spool keeps them.
         """
-        self.flush()
         start = time.monotonic()
+        # A workspace that is away is waited for no longer than MLflow.
+        keeping = threading.Thread(target=self._keep, daemon=True, name="tracking-drain")
+        keeping.start()
+        keeping.join(min(timeout_s, threading.TIMEOUT_MAX))
         while self._spool.pending and time.monotonic() - start < timeout_s:
             idle = time.monotonic() - max(start, self._sender.moved_at)
             if self._last_error is not None and idle > STALLED_S:
                 break
             time.sleep(0.05)
         return self._spool.pending
+
+    def _keep(self) -> None:
+        try:
+            self.flush()
+        except OSError as error:
+            log.warning("tracking events wait in memory, the workspace cannot be written: %s", error)
 
     def run_id(self, key: str) -> str | None:
         """MLflow's id of the run, or None as long as MLflow was not asked."""

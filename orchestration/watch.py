@@ -14,13 +14,12 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from orchestration.cluster import room_for
+from orchestration.cluster import NODE_ANSWERS_S, room_for
 from orchestration.launch import Pulse
 from orchestration.lease import Lease
 from orchestration.sections import Cluster
 
 LOOK_EVERY_S = 1.0
-NODE_ANSWERS_S = 30.0  # a node that is gone is Ray's to find
 PATIENCE_S = 60.0  # for workers that do not come, until the user hears why
 STOPPING = "stopping after this step, with a checkpoint; once more to stop at once"
 

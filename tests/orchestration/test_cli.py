@@ -9,6 +9,7 @@ import pickle
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -328,6 +329,37 @@ def test_verbs_without_an_experiment(capsys, place):
     assert torch.__version__.split("+")[0] in findings["packages"]["says"]
     assert str(place) in findings["storage"]["says"]
     assert f"{place}/mlflow.db" in findings["mlflow"]["says"]
+
+
+def test_replay_leaves_the_events_of_a_run_that_is_at_work_to_it(capsys, place):
+    """Two senders would make each of its runs in MLflow twice."""
+    storage = open_storage(str(place))
+    for name in ("experiments/one-1", "sweeps/two-2"):
+        storage.put(f"tracking/{name.partition('/')[2]}/spool.json", b'{"experiment": "it"}')
+        storage.put(f"{name}/experiment.json", b"{}")
+        holder = {"host": "elsewhere", "pid": 7, "time": time.time(), "token": "t"}
+        storage.put(f"{name}/lease.json", json.dumps(holder).encode())
+    assert main(["replay", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert (answer["spools"], answer["running"]) == ([], ["tracking/one-1", "tracking/two-2"])
+    storage.delete("sweeps/two-2/lease.json")
+    assert main(["replay", "--json"]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert [spool["spool"] for spool in answer["spools"]] == ["tracking/two-2"]
+    assert not storage.exists("sweeps/two-2/lease.json")
+
+
+def test_a_sweep_in_which_nothing_finished_has_failed(capsys, monkeypatch):
+    from orchestration import sweep
+
+    outcome = {"best": None, "table": "best: no trial has finished", "figure": "", "tracking": {"uri": "sqlite:///x"}}
+    monkeypatch.setattr(sweep, "run_sweep", lambda *_, **__: dict(outcome))
+    command = ["sweep", "quickstart", "--space", "mixture.gamma=uniform(0,1)"]
+    for more in ([], ["--confirm"]):
+        assert main([*command, *more]) == 1
+        assert "no trial has finished" in capsys.readouterr().out
+    outcome["best"] = {"label": "t000"}
+    assert main(command) == 0
 
 
 def test_doctor_names_what_does_not_work(capsys, tmp_path):

@@ -346,7 +346,7 @@ def once(tmp_path_factory: pytest.TempPathFactory) -> Path:
     experiment, storage = twin("sit-b-256", home), open_storage(str(home / "ws"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(encode, "_run", one_by_one)
-        patch.setattr(run, "join", lambda *_: None)
+        patch.setattr(run, "join_cluster", lambda *_: None)
         progress = Progress(["data"], 0)
         run._encode(Workspace(experiment, storage), ExitStack(), progress)
         progress.close()

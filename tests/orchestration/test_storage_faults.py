@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import urllib3
 from raw_storage import Raw
 from s3_servers import Ceph, Control, make_bucket
 
@@ -35,6 +36,30 @@ def s3(uri: str, deadline_s: float = 60, read_s: float = 30) -> S3Storage:
     """The storage at a URI with another patience than a run's."""
     bucket, prefix = uri.removeprefix("s3://").split("/", 1)
     return S3Storage(bucket, prefix, Patience(deadline_s, connect_s=5, read_s=read_s, longest_wait_s=0.5))
+
+
+def test_a_body_that_breaks_off_under_tls_is_asked_for_again():
+    """botocore lets urllib3's own error through, which is neither its own nor an OSError."""
+    storage, asked = S3Storage("bucket", "prefix", Patience(60, 5, 5, first_wait_s=0.01)), list[object]()
+
+    def request(client: object) -> str:
+        asked.append(client)
+        if len(asked) == 1:
+            raise urllib3.exceptions.SSLError("[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred")
+        return "whole"
+
+    assert storage.client.call("GET", "it", request) == "whole"
+    assert len(asked) == 2
+
+
+def test_at_the_root_of_a_bucket_no_upload_of_others_is_ended(monkeypatch):
+    discarded = []
+    monkeypatch.setattr(S3Storage, "_probe", lambda self: None)
+    monkeypatch.setattr(S3Storage, "discard_unfinished", lambda self, *_: discarded.append(self.uri))
+    S3Storage("bucket", "prefix", PATIENT).check()
+    assert discarded == ["s3://bucket/prefix"]
+    S3Storage("bucket", "", PATIENT).check()
+    assert len(discarded) == 1
 
 
 @pytest.fixture

@@ -77,6 +77,11 @@ def test_an_experiment_from_elsewhere_comes_to_the_top(directory: Path) -> None:
             "MLFLOW_TRACKING_URI must hold no password or token",
         ),
         (
+            ["plan", "quickstart"],
+            {"MLFLOW_TRACKING_URI": f"postgresql://h/db?user=u&password={PLANTED}"},
+            "MLFLOW_TRACKING_URI must hold no password or token",
+        ),
+        (
             ["run", "quickstart", "--set", f"name={PLANTED}"],
             {"AWS_SECRET_ACCESS_KEY": PLANTED},
             "the value of AWS_SECRET",
@@ -106,6 +111,14 @@ def test_wrong_input_is_one_line(
     assert says in err
     assert err.count("\n") == 1
     assert PLANTED not in err
+
+
+def test_an_address_is_shown_without_its_password(capsys: pytest.CaptureFixture[str]) -> None:
+    address = f"http://admin:{PLANTED}@127.0.0.1:9"
+    assert main(["submit", "--address", address, "--", "plan", "quickstart"]) == 2
+    err = capsys.readouterr().err
+    assert PLANTED not in err
+    assert "--address must be Ray's job server, http://host:8265, got 'http://admin:***@127.0.0.1:9'" in err
 
 
 class Server:

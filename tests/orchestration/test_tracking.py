@@ -9,8 +9,10 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,8 @@ import pytest
 from mlflow_servers import Doorkeeper, MlflowServer, Proxy, free_port, wait_until
 
 from orchestration import tracking
-from orchestration.mlflow_server import check_tracking, default_tracking_uri, ui_command
+from orchestration.launch import Reporter
+from orchestration.mlflow_server import ask, check_tracking, default_tracking_uri, ui_command
 from orchestration.spool import list_spools
 from orchestration.storage import Storage, open_storage
 from orchestration.tracking import Metric, Tracker, replay
@@ -641,11 +644,84 @@ def test_a_host_that_mlflow_does_not_serve_is_named(mlflow_server: MlflowServer,
         ("databricks://profile", "must start with http, https, sqlite or postgresql, got 'databricks://profile'"),
         ("sqlite:////dev/null/mlflow.db", "must name a writable sqlite file"),
         ("sqlite:////tmp", "must name a writable sqlite file"),
+        ("http://h:abc", r"must be an address such as http://host:5000, got 'http://h:abc' \(Port could not"),
+        ("http://a b:5000", r"must be an address such as http://host:5000, got 'http://a b:5000' \(no host\)"),
+        ("http://[::1", r"must be an address such as http://host:5000, got 'http://\[::1' \(Invalid IPv6"),
+        ("http://", r"must be an address such as http://host:5000, got 'http://' \(no host\)"),
     ],
 )
 def test_uris_that_mlflow_cannot_use_are_wrong_input(uri, problem):
     with pytest.raises(ValueError, match=problem):
         check_tracking(uri)
+
+
+class _Odd(BaseHTTPRequestHandler):
+    """Answers with no HTTP, or with a redirect; notes what credentials it was given."""
+
+    def do_GET(self) -> None:
+        self.server.given.append(self.headers.get("Authorization"))
+        if self.server.target is None:
+            self.wfile.write(b"220 smtp ready\r\n")
+            return
+        self.send_response(302)
+        self.send_header("Location", self.server.target)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Silence."""
+
+
+def odd_server(serve, target: str | None = None) -> ThreadingHTTPServer:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _Odd)
+    server.target, server.given = target, []
+    serve(server)
+    return server
+
+
+def test_a_port_that_speaks_no_http_is_wrong_input(serve):
+    port = odd_server(serve).server_address[1]
+    with pytest.raises(ValueError, match=f"must be the address of an MLflow server, got .* http://127.0.0.1:{port};"):
+        check_tracking(f"http://127.0.0.1:{port}")
+
+
+def test_a_redirect_to_another_host_is_not_given_the_credentials(serve):
+    other = odd_server(serve)
+    for host, status in (("localhost", 302), ("127.0.0.1", None)):
+        first = odd_server(serve, f"http://{host}:{other.server_address[1]}/")
+        uri = f"http://ada:right@127.0.0.1:{first.server_address[1]}"
+        if status:
+            assert ask(uri, "/health") == status
+            assert other.given == []
+        else:
+            with pytest.raises(ValueError, match="no HTTP"):
+                ask(uri, "/health")
+            assert len(other.given) == 1, "the same host may name another place"
+
+
+def test_a_workspace_that_is_away_is_waited_for_no_longer_than_was_asked(workspace, track, monkeypatch, caplog):
+    tracker, back = track("http://127.0.0.1:9"), threading.Event()
+    put_new = type(workspace).put_new
+
+    def away(storage: Storage, path: str, data: bytes) -> bool:
+        back.wait(60)
+        return put_new(storage, path, data)
+
+    monkeypatch.setattr(type(workspace), "put_new", away)
+    tracker.start_run("a", "a")
+    assert tracker.drain(0.5) == 1
+    assert not back.is_set(), "it came back although nothing was kept yet"
+    back.set()
+    tracker.flush()
+    assert [path for path in workspace.list(SPOOL) if path.endswith(".jsonl")]
+
+
+def test_the_start_of_a_run_outlives_the_process_that_was_told_of_it(workspace):
+    """Its other events would be refused for ever, had it been lost."""
+    reporter = Reporter(workspace.uri, "http://127.0.0.1:9", "experiment", "experiments/it")
+    reporter.start_run("", "it", {}, {})
+    (segment,) = [path for path in workspace.list("tracking/it") if path.endswith(".jsonl")]
+    assert b'"kind": "start"' in workspace.read(segment)
+    reporter.tracker.close()
 
 
 def test_the_default_is_sqlite_in_a_local_workspace(tmp_path, monkeypatch):

@@ -39,7 +39,7 @@ class Finished:
         self.workspace, self.told = Workspace(self.experiment, self.place.storage), []
         # What Ray Data would spread over its actors, one after the other.
         monkeypatch.setattr(encode, "_run", one_by_one)
-        monkeypatch.setattr(run, "join", lambda *_: None)
+        monkeypatch.setattr(run, "join_cluster", lambda *_: None)
         run.check_inputs(self.workspace)
         stages = list(self.workspace.stages.values())
         progress = Progress([stage.name for stage in stages], 0)
