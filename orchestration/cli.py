@@ -485,10 +485,11 @@ def _replay(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _submit(arguments: argparse.Namespace) -> dict[str, Any]:
     from orchestration.recipe import load
-    from orchestration.submit import check_verb, submit
+    from orchestration.submit import check_verb, refuse_secrets, submit
 
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     check_verb(command)
+    refuse_secrets(command, os.environ)  # before any message quotes it
     its = _parser().parse_args(command)
     if its.verb in (*STAGE_VERBS, "sweep"):  # what is wrong in the words is said here, not by a job minutes later
         load(its.experiment, [*its.overrides, *_checkpoint(its)], getattr(its, "space", ()))

@@ -234,7 +234,7 @@ def test_resume_needs_something_to_resume(refused, verb):
         (["--checkpoint", "x.safetensors"], "--checkpoint and --sha256 must be given together; sha256sum FILE"),
         (["--sha256", "0" * 64], "--checkpoint and --sha256 must be given together; sha256sum FILE"),
         (["mixflow", "--checkpoint", "x", "--sha256", "0" * 64], "--checkpoint must be left out for an arm"),
-        (["--checkpoint", "x.safetensors", "--sha256", "abc"], "base.sha256 must match ^[0-9a-f]{64}$, got 'abc'"),
+        (["--checkpoint", "x.safetensors", "--sha256", "abc"], "--sha256 must be 64 hexadecimal digits, got 'abc'"),
         (["--checkpoint", "x: y.safetensors", "--sha256", "0" * 64], "x: y.safetensors"),
     ],
 )

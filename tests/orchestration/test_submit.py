@@ -91,7 +91,13 @@ def test_an_experiment_from_elsewhere_comes_to_the_top(directory: Path) -> None:
             {"AWS_SECRET_ACCESS_KEY": f"'{PLANTED} it'"},
             "the value of AWS_SECRET",
         ),
-        (["plan", "quickstart", "--address", "x"], {}, "--address must be Ray's job server"),
+        (["plan", "quickstart"], {}, "--address must be Ray's job server"),
+        (
+            ["run", "quickstart", "--set", "mixture.gamma=1.5"],
+            {},
+            "quickstart: mixture.gamma must lie in [0, 1], got 1.5",
+        ),
+        (["sweep", "quickstart", "--space", "a=b"], {}, "space must have keys of"),
     ],
 )
 def test_wrong_input_is_one_line(
@@ -280,11 +286,11 @@ def test_doctor_looks_at_every_node(head: dict[str, str], tmp_path: Path) -> Non
 
 @pytest.mark.ray
 def test_the_exit_code_is_the_drivers(head: dict[str, str], tmp_path: Path) -> None:
-    wrong = Run(
-        ["submit", "--json", "--", "run", "quickstart", "--set", "mixture.gamma=1.5"], tmp_path / "wrong", _user(head)
-    )
+    absent = ["base.train=", "base.checkpoint=/nope.pt", f"base.sha256={'0' * 64}"]
+    overrides = [word for override in absent for word in ("--set", override)]
+    wrong = Run(["submit", "--json", "--", "run", "quickstart", *overrides], tmp_path / "wrong", _user(head))
     assert wrong.wait() == 2, wrong.said()
-    assert "gamma must lie in [0, 1], got 1.5" in wrong.said()
+    assert "base.checkpoint must be a file, got '/nope.pt'" in wrong.said()
     assert json.loads(wrong.out.read_text())["status"] == "FAILED"
     failing = Run(["submit", "--", "doctor"], tmp_path / "f", _user(head, MLFLOW_TRACKING_URI="http://127.0.0.1:9"))
     assert failing.wait() == 1, failing.said()

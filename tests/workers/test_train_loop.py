@@ -331,3 +331,17 @@ def test_the_held_out_loss_asks_for_no_more_images_at_once_than_training(tmp_pat
         found.append(held_out_loss(run, model, pixels(24, seed=1), local_io(tmp_path), torch.device("cpu")))
         assert set(sizes) == {1 if shards_per_pass else 3}
     assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("shards_per_pass", [0, 2])
+def test_shards_gathered_in_bf16_train_as_whole_weights_do(tmp_path, shards_per_pass):
+    """On one worker to the bit: autocast would have rounded the same weights."""
+    settings = {"steps": 3, "checkpoint_every": 3, "precision": "bf16", "shards_per_pass": shards_per_pass}
+    try:
+        states = [
+            post_train(run_config(**settings, sharded=sharded), pixels(), pixels(24, seed=1), local_io(tmp_path / kind))
+            for kind, sharded in (("whole", False), ("sharded", True))
+        ]
+        assert not differences(*states)
+    finally:
+        torch.distributed.destroy_process_group()
