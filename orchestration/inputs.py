@@ -180,23 +180,9 @@ def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> list[
         ValueError: weights or a reference that cannot be used, fewer images than a covariance needs, or a primary
             metric on which no verdict can be taken.
     """
-    evaluation = experiment.evaluation
-    split, known, warnings = evaluation.reference.split, None, list[str]()
+    evaluation, warnings = experiment.evaluation, list[str]()
+    known, split = _known_reference(experiment), evaluation.reference.split
     split_images = facts[split]["num_images"] if split and facts else None
-    if evaluation.reference.npz:
-        with of_section("evaluation.reference", "npz", "sha256"):
-            path = Path(local_copy("npz", evaluation.reference.npz, evaluation.reference.sha256 or ""))
-            if not path.is_file():
-                raise ValueError(f"npz must be a file, got {path}, which is none; correct the path")
-            if (found := measure(path).sha256) != evaluation.reference.sha256:
-                raise ValueError(f"sha256 must be that of npz, {found}, got {evaluation.reference.sha256}; correct it")
-            known = read_reference(path, image_size=experiment.image_shape[1])
-        kinds = [config.kind for config in evaluation.extractors]
-        if "inception" not in kinds:
-            raise ValueError(
-                "evaluation.extractors must have inception where evaluation.reference is an npz, whose statistics are "
-                f"of its features, got {', '.join(kinds)}; add it"
-            )
     missing = _check_primary(experiment, known)
     if missing:
         names = ", ".join(sorted(missing))
@@ -235,6 +221,27 @@ def _check_evaluation(experiment: Experiment, facts: Mapping[str, Any]) -> list[
             )
     _check_patches(experiment, known.num_images if known else split_images)
     return warnings
+
+
+def _known_reference(experiment: Experiment) -> AdmReference | None:
+    """What an npz to compare with holds; None where a split of the data is compared with."""
+    evaluation, reference = experiment.evaluation, experiment.evaluation.reference
+    if not reference.npz:
+        return None
+    with of_section("evaluation.reference", "npz", "sha256"):
+        path = Path(local_copy("npz", reference.npz, reference.sha256 or ""))
+        if not path.is_file():
+            raise ValueError(f"npz must be a file, got {path}, which is none; correct the path")
+        if (found := measure(path).sha256) != reference.sha256:
+            raise ValueError(f"sha256 must be that of npz, {found}, got {reference.sha256}; correct it")
+        known = read_reference(path, image_size=experiment.image_shape[1])
+    kinds = [config.kind for config in evaluation.extractors]
+    if "inception" not in kinds:
+        raise ValueError(
+            "evaluation.extractors must have inception where evaluation.reference is an npz, whose statistics are "
+            f"of its features, got {', '.join(kinds)}; add it"
+        )
+    return known
 
 
 def _images_measured(experiment: Experiment, kind: str) -> dict[str, int]:

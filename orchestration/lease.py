@@ -101,15 +101,18 @@ def _take(lease: Lease, wait: bool) -> None:
 
 def _renew(lease: Lease, stop: threading.Event) -> None:
     # An attempt that waited for a storage to come back might overwrite what another took meanwhile.
-    storage = open_storage(lease.storage.uri, PREFLIGHT)
+    storage, told = open_storage(lease.storage.uri, PREFLIGHT), False
     while not stop.wait(LEASE_S / 4):
         try:
             if not lease.is_ours():
                 log.warning("the lease of %s is another's, who took this process for dead", lease.what)
                 return
             storage.put(lease.path, lease.content())
+            told = False
         except OSError as error:  # a storage that is away for longer than the lease lets another take it
-            log.warning("the lease of %s was not renewed: %s", lease.what, error)
+            if not told:
+                log.warning("the lease of %s was not renewed: %s", lease.what, error)
+            told = True
 
 
 def _holder(storage: Storage, path: str) -> dict[str, Any] | None:

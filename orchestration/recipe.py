@@ -277,7 +277,8 @@ def _read(name: str) -> dict[str, Any]:
         raise ValueError(f"experiment file must be YAML, got {name!r}; {_reason(error)}") from error
     raw = _plain(raw)
     if not isinstance(raw, dict):
-        raise ValueError(f"experiment file must be a map of settings, got {type(raw).__name__} in {name!r}; correct it")
+        got = "nothing" if raw is None else f"a {type(raw).__name__}"
+        raise ValueError(f"experiment file must be a map of settings, got {got} in {name!r}; correct it")
     return raw
 
 
@@ -300,7 +301,9 @@ def _plain(value: Any, where: str = "", left: Iterator[int] | None = None, depth
     if isinstance(value, dict):
         odd = [key for key in value if not isinstance(key, str)]
         if odd:
-            raise ValueError(f"{where or 'the file'} must have texts as keys, got {odd[0]!r}; put it in quotes")
+            raise ValueError(
+                f"{where or 'the file'} must have texts as keys, got {odd[0]!r}; put it in quotes, or 0.8 for 0,8"
+            )
         return {
             _plain(key, f"a key of {where or 'the file'}"): _plain(
                 inner, f"{where}.{key}" if where else key, left, depth + 1

@@ -203,7 +203,7 @@ def diagnosis(uri: str, error: OSError) -> str:
         rule, got, do = "have credentials", f"none or only a part for {uri}", f"set {keys}"
     elif isinstance(cause, HTTPClientError | NoConnectionError):
         rule, got = "be reachable", f"no answer from {endpoint} for {uri} ({_flat(cause)})"
-        do = "start the server or correct AWS_ENDPOINT_URL_S3"
+        do = "start the server or correct AWS_ENDPOINT_URL"
     elif code == "NoSuchBucket":
         rule, got = "lie in a bucket that exists", f"no bucket {uri.split('/')[2]} at {endpoint}"
         do = "create the bucket or correct the URI"

@@ -50,7 +50,9 @@ class Data(Frozen):
     @model_validator(mode="after")
     def _one(self) -> Self:
         if sum(given is not None for given in (self.digits, self.shards, self.images)) != 1:
-            raise ValueError("data must give exactly one of 'digits', 'shards' and 'images'; remove or add one")
+            raise ValueError(
+                "data must give exactly one of 'digits', 'shards' and 'images'; add one, or set another to null"
+            )
         return self
 
 
@@ -69,7 +71,7 @@ class Base(Frozen):
     @model_validator(mode="after")
     def _one(self) -> Self:
         if (self.checkpoint is None) == (self.train is None):
-            raise ValueError("base must give exactly one of 'checkpoint' and 'train'; remove or add one")
+            raise ValueError("base must give exactly one of 'checkpoint' and 'train'; add one, or set one to null")
         if (self.checkpoint is None) != (self.sha256 is None):
             raise ValueError("base must give 'checkpoint' and 'sha256' together; sha256sum FILE prints it")
         if self.mixture.gamma or self.mixture.slowing_law != "interval":

@@ -29,12 +29,13 @@ from workers.data import realised_times, to_pixels
 from workers.io import RunIO, StoppedError
 from workers.models.family import Network, build
 from workers.models.sd3 import SD3
-from workers.sample import grid_png, sample_batch, sample_sets, samplers_of, write_part
+from workers.sample import SampleSet, grid_png, sample_batch, sample_sets, samplers_of, write_part
 from workers.slow_flow import measure_slow_flow, new_probe
 from workers.train import post_train, set_precision
 
 log = logging.getLogger(__name__)
 WAIT_S = 2.0
+_Part = tuple[str, SampleSet, int, range]  # file of its cell, the cell's set, its number in it, and its batches
 
 
 def run_stages(site: Site, stages: list[Stage]) -> None:
@@ -172,7 +173,7 @@ def _samples(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[
     parts = site.agree(site.workspace.parts(stage.name) if site.rank == 0 else None)
     digest = parts.path.rpartition("/")[2]  # the stage's identity
     shape = experiment.image_shape
-    work = [
+    work: list[_Part] = [
         (cell_file(what.sampler.name), what, number, batches)
         for what in sample_sets(settings)
         for number, batches in enumerate(what.parts(math.prod(shape)))
@@ -212,20 +213,32 @@ def _samples(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[
         file.unlink()  # the parts are in their place
     if site.rank != 0:
         return {}
-    totals = dict.fromkeys((what.sampler.name for _, what, _, _ in work), 0)
-    each: dict[str, float] = {}
+    try:
+        return {"nfe": _evaluations(work, records), "parts": records}
+    except ValueError as error:
+        where = f"{parts.storage.uri}/{parts.records}"
+        raise ValueError(f"{stage.name}: {error}; remove {where} and run again") from error
+
+
+def _evaluations(work: list[_Part], records: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Network evaluations an image, by cell.
+
+    Raises:
+        ValueError: the parts of a cell took unlike many, which only an adaptive solver may.
+    """
+    totals, images, each = dict[str, int](), dict[str, int](), dict[str, float]()
     for cell, what, number, batches in work:
-        evaluations = records[part_name(cell, number)]["evaluations"]
-        totals[what.sampler.name] += evaluations
+        name, evaluations = what.sampler.name, records[part_name(cell, number)]["evaluations"]
+        totals[name] = totals.get(name, 0) + evaluations
+        images[name] = images.get(name, 0) + what.num_images(batches)
         an_image = evaluations / what.num_images(batches)
         if what.sampler.method != "dopri5" and each.setdefault(cell, an_image) != an_image:
             raise ValueError(
-                f"{stage.name}: the parts of {cell} must take equally many evaluations an image, got {each[cell]:g} "
-                f"and {an_image:g}; remove {parts.storage.uri}/{parts.records} and run again"
+                f"the parts of {cell} must take equally many evaluations an image, got {each[cell]:g} and {an_image:g}"
             )
-    n = settings["num_samples"]
-    nfe = {cell: total // n if total % n == 0 else total / n for cell, total in totals.items()}
-    return {"nfe": nfe, "parts": records}
+    return {
+        name: total / images[name] if total % images[name] else total // images[name] for name, total in totals.items()
+    }
 
 
 WORK: dict[str, Work] = {

@@ -10,6 +10,12 @@ from pydantic import ValidationError
 
 from workers.models.family import CONFIGS
 
+# In words, by the pattern of a field.
+PATTERNS = {
+    r"^[0-9a-f]{64}$": "be 64 hexadecimal digits, as sha256sum prints them",
+    r"^[A-Za-z0-9][A-Za-z0-9_.-]*$": "be letters, digits, '_', '.' and '-', a letter or digit first",
+}
+
 
 def one_line(error: ValidationError, root: type) -> str:
     """The first problem of a validation, in the words of this project."""
@@ -32,8 +38,12 @@ def one_line(error: ValidationError, root: type) -> str:
         if section and text.startswith(f"{own} "):
             return section + text.removeprefix(own)
         return f"{section}.{text}" if section and not text.startswith(section) else text
-    rule = _rule(problem["type"], problem["msg"], problem.get("ctx", {}))
-    return f"{where} must {rule}, got {shown}; correct it"
+    rule, mend = _rule(problem["type"], problem["msg"], problem.get("ctx", {})), "correct it"
+    if value is None:
+        shown, mend = "nothing", "give a value"
+    elif problem["type"].startswith("int_") and isinstance(value, float) and value.is_integer():
+        mend = f"write {int(value)}"
+    return f"{where} must {rule}, got {shown}; {mend}"
 
 
 def _rule(kind: str, message: str, limits: Mapping[str, Any]) -> str:
@@ -57,6 +67,8 @@ def _rule(kind: str, message: str, limits: Mapping[str, Any]) -> str:
         "too_short": "be a list of at least {min_length}",
         "string_pattern_mismatch": "match {pattern}",
     }
+    if kind == "string_pattern_mismatch" and limits["pattern"] in PATTERNS:
+        return PATTERNS[limits["pattern"]]
     if kind in known:
         return known[kind].format(**limits)
     return message.removeprefix("Input should ").removeprefix("Value should ")
