@@ -181,12 +181,12 @@ def test_kill_9_of_the_driver_loses_only_what_was_not_finished(
     storage, directory = open_storage(str(tmp_path / "ws")), tmp_path / "ws" / PATH
     command = [sys.executable, "-c", DRIVER, cluster, storage.uri, PATH, settings.model_dump_json()]
     with subprocess.Popen(command) as driver:
-        while len(storage.list("encoding")) < 4:
+        while len(storage.list("parts")) < 4:
             assert driver.poll() is None
             time.sleep(0.02)
         driver.kill()
     wait_until_free()
-    finished = sorted(Path(record).name.removesuffix(".json") for record in storage.list("encoding"))
+    finished = sorted(Path(record).name.removesuffix(".json") for record in storage.list("parts"))
     assert 4 <= len(finished) < len(plan.shards)
     assert storage.manifest(PATH) is None
     altered, kept = finished[0], finished[1:]
@@ -203,7 +203,7 @@ def test_kill_9_of_the_driver_loses_only_what_was_not_finished(
         f"{altered} is encoded again: its content is not what its record says"
     ]
     assert not (directory / "train-00099.parquet").exists()
-    assert storage.list("encoding") == []
+    assert storage.list("parts") == []
 
 
 @pytest.mark.ray
