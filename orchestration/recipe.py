@@ -322,8 +322,10 @@ def _plain(value: Any, where: str = "", left: Iterator[int] | None = None, depth
 
 def _apply(raw: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
-    if not equals or not key or key != key.strip():
-        raise ValueError(f"--set must be dotted.key=value, without blanks around =, got {override!r}")
+    if not equals or not key:
+        raise ValueError(f"--set must be dotted.key=value, got {override!r}")
+    if key != key.strip():
+        raise ValueError(f"--set must be dotted.key=value without blanks around =, got {override!r}")
     try:
         value = yaml.load(text, _Loader)
     except _YAML_RAISES as error:

@@ -99,6 +99,7 @@ def test_a_value_may_hold_an_equals_sign_and_the_last_override_counts(file):
     [
         ("training.steps", "--set must be dotted.key=value, got 'training.steps'"),
         ("=3", "--set must be dotted.key=value, got '=3'"),
+        ("training.steps = 3", "--set must be dotted.key=value without blanks around =, got 'training.steps = 3'"),
         ("training.steps=[1", "--set training.steps must have a value that is YAML, got '[1'"),
         ("evaluation.samplers.1.num_steps=3", "'1' must be a place in a list of 1, counted from 0"),
         ("evaluation.samplers.x.num_steps=3", "'x' must be a place in a list of 1, counted from 0"),
