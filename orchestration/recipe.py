@@ -277,7 +277,7 @@ def _read(name: str) -> dict[str, Any]:
         raise ValueError(f"experiment file must be YAML, got {name!r}; {_reason(error)}") from error
     raw = _plain(raw)
     if not isinstance(raw, dict):
-        got = "nothing" if raw is None else f"a {type(raw).__name__}"
+        got = "nothing" if raw is None else type(raw).__name__
         raise ValueError(f"experiment file must be a map of settings, got {got} in {name!r}; correct it")
     return raw
 
