@@ -17,7 +17,7 @@ from mixflow_core.loss import Prediction, Weighting, times_defined
 from mixflow_core.mixture import SlowedMixture
 from mixflow_core.samplers import Sampler
 from orchestration.sections import Arm, Base, Claim, Cluster, Data, Evaluation, Guide, Sweep
-from orchestration.wording import one_line
+from orchestration.wording import NAME, one_line
 from workers.codecs import CodecConfig
 from workers.config import Frozen, RunConfig, Training
 from workers.manifest import canonical_hash
@@ -25,7 +25,6 @@ from workers.models.family import ModelConfig
 from workers.models.sd3 import SD3Config
 
 LEAST_HELD_OUT = 100  # a covariance of 64 features needs more images than features
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 
 
 class Experiment(Frozen):

@@ -24,6 +24,7 @@ from workers.manifest import CorruptError
 
 log = logging.getLogger(__name__)
 LEASE_S = 60.0
+WAIT_S = 2.0  # between two looks at a stage that another process is at
 
 
 class HeldError(ValueError):

@@ -19,7 +19,7 @@ from orchestration.figures import slow_flow_plot
 from orchestration.given import Given, given_base, given_guide, given_weights
 from orchestration.inputs import check_data, check_inputs, least_held_out
 from orchestration.launch import ControllerDiedError, Reporter, launch, start_reporter
-from orchestration.lease import HeldError
+from orchestration.lease import WAIT_S, HeldError
 from orchestration.progress import Progress
 from orchestration.recording import Recorder
 from orchestration.report import text_table, write_report
@@ -30,8 +30,6 @@ from orchestration.workflow import Stage, Workspace, code_version, needed_for
 from workers.data import digits as digit_images
 from workers.io import StoppedError
 from workers.shards import write_shards
-
-WAIT_S = 2.0
 
 
 @dataclass

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from orchestration import measuring
 from orchestration.given import local_codec
-from orchestration.lease import HeldError
+from orchestration.lease import WAIT_S, HeldError
 from orchestration.objective import Objective
 from orchestration.results import cell_file
 from orchestration.site import Inputs, Site, Work, data_of, part_name, weights_of
@@ -34,7 +34,6 @@ from workers.slow_flow import measure_slow_flow, new_probe
 from workers.train import post_train, set_precision
 
 log = logging.getLogger(__name__)
-WAIT_S = 2.0
 _Part = tuple[str, SampleSet, int, range]  # file of its cell, the cell's set, its number in it, and its batches
 
 

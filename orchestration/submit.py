@@ -49,7 +49,7 @@ def submit(
     """Runs a verb with its arguments as a Ray job and follows it to its end.
 
     Args:
-        command: the verb and what follows it, such as ["run", "quickstart"].
+        command: the verb (see check_verb) and what follows it, such as ["run", "quickstart"].
         address: of the job server, http://host:8265; RAY_API_SERVER_ADDRESS or RAY_ADDRESS where it is None, and
             without these the cluster of docker/compose.yaml.
         dry_run: only make the package and say how `ray job submit` would do the same.
@@ -59,7 +59,7 @@ def submit(
         `job`, `address`, `status` (Ray's), `exit_code` (the driver's, 1 for a job without one), and the document.
 
     Raises:
-        ValueError: a wrong verb or file, a secret that would be shown, no job server at the address.
+        ValueError: a wrong file, a secret that would be shown, no job server at the address.
     """
     arguments = [*command, *(["--json"] if as_json and "--json" not in command else [])]
     variables = passed(os.environ)

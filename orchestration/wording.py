@@ -10,10 +10,11 @@ from pydantic import ValidationError
 
 from workers.models.family import CONFIGS
 
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 # In words, by the pattern of a field.
 PATTERNS = {
     r"^[0-9a-f]{64}$": "be 64 hexadecimal digits, as sha256sum prints them",
-    r"^[A-Za-z0-9][A-Za-z0-9_.-]*$": "be letters, digits, '_', '.' and '-', a letter or digit first",
+    NAME: "be letters, digits, '_', '.' and '-', a letter or digit first",
 }
 
 
