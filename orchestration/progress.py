@@ -57,9 +57,7 @@ class Progress:
     def show(self, latest: Mapping[str, Any]) -> None:
         """The newest progress: {stage, done, total, metrics}, and how often a worker group has started."""
         if latest.get("starts", 0) > max(1, self.starts):
-            self.say(
-                f"warning: the workers failed and were started again ({latest['starts'] - 1}); going on from there"
-            )
+            self.say(f"warning: the workers were started again ({latest['starts'] - 1}); going on from there")
         self.starts = max(self.starts, latest.get("starts", 0))
         for text in latest.get("warnings", [])[self.warnings :]:
             self.say(f"warning: {text}")
