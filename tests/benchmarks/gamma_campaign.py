@@ -208,55 +208,39 @@ def luck(predictors: Sequence[Sequence[float]], y: Sequence[float]) -> float:
     return float(np.quantile(largest, 0.95))
 
 
-def findings(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What the results say, as plain JSON.
-
-    `settings`: of each cell of each setting, images, base, cell and best_gamma()'s; `targets`: what is to be predicted;
-    `predictors`: their range and, for each target, rank_correlation(); `luck`: for each target, what luck() reaches.
-    """
-    settings = [
-        {"images": entry["images"], "base": entry["base"], "cell": cell, **best_gamma(entry, cell)}
-        for entry in entries
-        for cell in CELLS
-    ]
-    found: dict[str, Any] = {"settings": settings, "targets": [], "predictors": [], "luck": []}
+def table(entries: Sequence[Mapping[str, Any]]) -> str:
+    """The settings with their best gamma, then the predictors with what they say of it, as Markdown."""
+    lines = ["| images | base | cell | best gamma (by seed) | slowed against gamma 0 | against its matched control |"]
+    lines.append("|---|---|---|---|---|---|")
+    for entry in entries:
+        for cell in CELLS:
+            found = best_gamma(entry, cell)
+            seeds = ", ".join(f"{g:g}" for g in found["by_seed"])
+            lines.append(
+                f"| {entry['images']} | {entry['base']} | {cell} | {found['best']:g} ({seeds}) | "
+                f"{_percent(found['gain'])} | {_percent(found['matched'])} |"
+            )
     if len(entries) < 3:  # nothing to correlate
-        return found
-    names = [name for name in entries[0]["predictors"] if all(name in entry["predictors"] for entry in entries)]
-    known = {name: [entry["predictors"][name] for entry in entries] for name in names}
+        return "\n".join(lines)
+    known = {
+        name: [entry["predictors"][name] for entry in entries]
+        for name in entries[0]["predictors"]
+        if all(name in entry["predictors"] for entry in entries)
+    }
     known = {name: x for name, x in known.items() if len(set(x)) > 1}
     wanted = {f"best gamma, {cell}": [best_gamma(e, cell)["best"] for e in entries] for cell in CELLS}
     for key, what in (("gain", "gain over gamma 0"), ("matched", "gain over the matched control")):
         wanted[f"{what}, all cells"] = [
             -float(np.mean([best_gamma(e, cell)[key][0] for cell in CELLS])) for e in entries
         ]
+    lines += ["", f"Rank correlation over {len(entries)} settings, [95 %]; in the last row what luck reaches:", ""]
+    lines.append(f"| predictor | range | {' | '.join(wanted)} |")
+    lines.append("|---|---|" + "---|" * len(wanted))
     for name, x in known.items():
-        ranks = [rank_correlation(x, y) for y in wanted.values()]
-        found["predictors"].append({"name": name, "low": min(x), "high": max(x), "correlations": ranks})
-    found["targets"] = list(wanted)
-    found["luck"] = [luck(list(known.values()), y) if len(set(y)) > 1 else None for y in wanted.values()]
-    return found
-
-
-def table(found: Mapping[str, Any]) -> str:
-    """The settings with their best gamma, then the predictors with what they say of it, as Markdown."""
-    lines = ["| images | base | cell | best gamma (by seed) | slowed against gamma 0 | against its matched control |"]
-    lines.append("|---|---|---|---|---|---|")
-    for row in found["settings"]:
-        seeds = ", ".join(f"{g:g}" for g in row["by_seed"])
-        lines.append(
-            f"| {row['images']} | {row['base']} | {row['cell']} | {row['best']:g} ({seeds}) | "
-            f"{_percent(row['gain'])} | {_percent(row['matched'])} |"
-        )
-    if not found["predictors"]:
-        return "\n".join(lines)
-    lines += ["", f"| predictor | range | {' | '.join(found['targets'])} |"]
-    lines.append("|---|---|" + "---|" * len(found["targets"]))
-    for row in found["predictors"]:
-        cells = " | ".join(_correlation(each) for each in row["correlations"])
-        lines.append(f"| {row['name']} | {row['low']:.3f} to {row['high']:.3f} | {cells} |")
-    lucky = ["" if value is None else f"{value:.2f}" for value in found["luck"]]
-    lines.append(f"| the largest of {len(found['predictors'])} by luck, 95 % | | {' | '.join(lucky)} |")
+        cells = " | ".join(_correlation(rank_correlation(x, y)) for y in wanted.values())
+        lines.append(f"| {name} | {min(x):.3f} to {max(x):.3f} | {cells} |")
+    lucky = [f"{luck(list(known.values()), y):.2f}" if len(set(y)) > 1 else "" for y in wanted.values()]
+    lines.append(f"| the largest of {len(known)} by luck, 95 % | | {' | '.join(lucky)} |")
     return "\n".join(lines)
 
 
@@ -303,7 +287,8 @@ def main() -> int:
     if not arguments.table:
         workspace = arguments.workspace.absolute()
         entries = campaign(arguments.results, workspace, lambda name: not arguments.only or name in arguments.only)
-    print(table(findings(entries)))
+    if entries:
+        print(table(entries))
     return 0
 
 
