@@ -6,7 +6,7 @@ import json
 import platform
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
+from importlib import metadata, resources
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,7 @@ def write_report(workspace: Workspace, summary: Mapping[str, Any], directory: Pa
         cells=[s.name for s in experiment.evaluation.samplers],
         figures={name: data_uri(content) for name, content in figures.items()},
         slow_flow=dict(zip((s.name for s in experiment.slow_flow_samplers), slow_flow, strict=True)),
+        which_gamma=json.loads(resources.files("orchestration").joinpath("which_gamma.json").read_text()),
         grids=_grids(workspace),
         cost=_cost(workspace),
         versions={name: metadata.version(name) for name in VERSIONS} | {"python": platform.python_version()},

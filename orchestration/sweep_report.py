@@ -232,7 +232,10 @@ def table_of(answer: Mapping[str, Any], keys: Sequence[str]) -> str:
     widths = [max(len(row[place]) for row in rows) for place in range(len(head))]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     best = f"best: {answer['best']['label']}" if answer["best"] else "best: no trial has finished"
-    return "\n".join([*lines, "", f"{best}; {answer['note']}"])
+    lines += ["", f"{best}; {answer['note']}"]
+    if "mixture.gamma" in keys:
+        lines.append("a gamma is of its base and sampler: nothing measured beforehand predicted it (docs/results.md)")
+    return "\n".join(lines)
 
 
 def _gap(trial: Mapping[str, Any], control: str) -> str:

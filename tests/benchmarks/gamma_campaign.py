@@ -3,6 +3,7 @@
     python tests/benchmarks/gamma_campaign.py                              # goes on where it was stopped
     python tests/benchmarks/gamma_campaign.py --only digits8/trained       # one setting
     python tests/benchmarks/gamma_campaign.py --table                      # what the results say, without running
+    python tests/benchmarks/gamma_campaign.py --findings                   # in short: orchestration/which_gamma.json
 
 Three kinds of images (scikit-learn's digits of 8 x 8, the same enlarged to 32 x 32, its two photographs cut into
 patches of 16 x 16) times three bases (small, undertrained, trained) are nine settings. Each is an experiment as usual:
@@ -18,6 +19,7 @@ predictors reaches in 95 % of random orders of the settings.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -222,17 +224,7 @@ def table(entries: Sequence[Mapping[str, Any]]) -> str:
             )
     if len(entries) < 3:  # nothing to correlate
         return "\n".join(lines)
-    known = {
-        name: [entry["predictors"][name] for entry in entries]
-        for name in entries[0]["predictors"]
-        if all(name in entry["predictors"] for entry in entries)
-    }
-    known = {name: x for name, x in known.items() if len(set(x)) > 1}
-    wanted = {f"best gamma, {cell}": [best_gamma(e, cell)["best"] for e in entries] for cell in CELLS}
-    for key, what in (("gain", "gain over gamma 0"), ("matched", "gain over the matched control")):
-        wanted[f"{what}, all cells"] = [
-            -float(np.mean([best_gamma(e, cell)[key][0] for cell in CELLS])) for e in entries
-        ]
+    known, wanted = known_before(entries), to_predict(entries)
     lines += ["", f"Rank correlation over {len(entries)} settings, [95 %]; in the last row what luck reaches:", ""]
     lines.append(f"| predictor | range | {' | '.join(wanted)} |")
     lines.append("|---|---|" + "---|" * len(wanted))
@@ -241,6 +233,59 @@ def table(entries: Sequence[Mapping[str, Any]]) -> str:
         lines.append(f"| {name} | {min(x):.3f} to {max(x):.3f} | {cells} |")
     lucky = [f"{luck(list(known.values()), y):.2f}" if len(set(y)) > 1 else "" for y in wanted.values()]
     lines.append(f"| the largest of {len(known)} by luck, 95 % | | {' | '.join(lucky)} |")
+    return "\n".join(lines)
+
+
+def known_before(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """The predictors that every setting has and that differ between them, by name."""
+    found = {
+        name: [entry["predictors"][name] for entry in entries]
+        for name in entries[0]["predictors"]
+        if all(name in entry["predictors"] for entry in entries)
+    }
+    return {name: x for name, x in found.items() if len(set(x)) > 1}
+
+
+def to_predict(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """What a predictor should tell: the best gamma of each cell, and what slowing gains."""
+    wanted = {f"best gamma, {cell}": [best_gamma(e, cell)["best"] for e in entries] for cell in CELLS}
+    for key, what in (("gain", "gain over gamma 0"), ("matched", "gain over the matched control")):
+        wanted[f"{what}, all cells"] = [
+            -float(np.mean([best_gamma(e, cell)[key][0] for cell in CELLS])) for e in entries
+        ]
+    return wanted
+
+
+def findings(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The tables in short, as reports show them: each setting, and the largest correlation beside what luck reaches."""
+    known = known_before(entries)
+    return {
+        "cells": list(CELLS),
+        "settings": [
+            {"images": e["images"], "base": e["base"]}
+            | {"cells": [{key: best_gamma(e, cell)[key] for key in ("best", "matched")} for cell in CELLS]}
+            for e in entries
+        ],
+        "predictors": len(known),
+        "correlations": [
+            {
+                "of": name,
+                "largest": max(abs(float(stats.spearmanr(x, y).statistic)) for x in known.values()),
+                "luck": luck(list(known.values()), y),
+            }
+            for name, y in to_predict(entries).items()
+        ],
+    }  # fmt: skip
+
+
+def short_table(found: Mapping[str, Any]) -> str:
+    """The settings of `findings` as Markdown."""
+    head = ["images", "base", *(f"{cell}: best gamma, against matched" for cell in found["cells"])]
+    lines = [f"| {' | '.join(head)} |"]
+    lines.append("|---|---|" + "---|" * len(found["cells"]))
+    for row in found["settings"]:
+        cells = " | ".join(f"{cell['best']:g}, {_percent(cell['matched'])}" for cell in row["cells"])
+        lines.append(f"| {row['images']} | {row['base']} | {cells} |")
     return "\n".join(lines)
 
 
@@ -278,17 +323,18 @@ def main() -> int:
     parser.add_argument("--workspace", type=Path, default=Path("gamma-campaign-workspace"))
     parser.add_argument("--only", action="append", default=[], metavar="IMAGES/BASE")
     parser.add_argument("--table", action="store_true", help="do not run anything")
+    parser.add_argument("--findings", action="store_true", help="do not run anything; print them as JSON")
     arguments = parser.parse_args()
     names = [f"{images}/{base}" for images in ("digits8", "photographs", "digits32") for base in BASES]
     unknown = set(arguments.only) - set(names)
     if unknown:
         parser.error(f"--only must be one of {', '.join(names)}, got {min(unknown)}")
     entries = read_results(arguments.results)
-    if not arguments.table:
+    if not arguments.table and not arguments.findings:
         workspace = arguments.workspace.absolute()
         entries = campaign(arguments.results, workspace, lambda name: not arguments.only or name in arguments.only)
     if entries:
-        print(table(entries))
+        print(json.dumps(findings(entries), indent=1) if arguments.findings else table(entries))
     return 0
 
 

@@ -220,6 +220,30 @@ def test_the_report_says_how_images_were_resampled(tmp_path, written):
     assert f"{resampled} of whatever class, as the labels are random)" in page.text
 
 
+def test_which_gamma_is_what_the_campaign_found(written, monkeypatch):
+    """In the page, README and docs; the numbers from the campaign's own lines."""
+    root = Path(__file__).parents[2]
+    monkeypatch.syspath_prepend(root / "tests" / "benchmarks")
+    import gamma_campaign as campaign
+
+    entries = campaign.read_results(campaign.RESULTS)
+    found = json.loads((root / "orchestration" / "which_gamma.json").read_text())
+    assert found == campaign.findings(entries)
+    assert campaign.short_table(found) in (root / "README.md").read_text()
+    docs = (root / "docs" / "results.md").read_text().splitlines()
+    assert set(campaign.table(entries).splitlines()) <= set(docs)
+
+    # By hand, of the trained base of 8 x 8 digits: gamma 0 is the best, and each seed's gamma of the others is 0.2.
+    (entry,) = [e for e in entries if (e["images"], e["base"]) == ("digits8", "trained")]
+    fd = {name: values["euler20/s1"] for name, values in entry["fd"].items()}
+    worse = [a / b - 1 for a, b in zip(fd["gamma-0.2"], fd["matched-0.2"], strict=True)]
+    (row,) = [r for r in found["settings"] if (r["images"], r["base"]) == ("digits8", "trained")]
+    cell = row["cells"][found["cells"].index("euler20/s1")]
+    assert (cell["best"], cell["matched"][0]) == (0, pytest.approx(sum(worse) / 3))
+    assert "digits8 trained" in written[0].text
+    assert "0 +57 % [+55, +60]" in written[0].text
+
+
 def test_with_several_bases_their_variation_is_named(tmp_path, written):
     summary = copy.deepcopy(written[1])
     for arm in summary["arms"].values():

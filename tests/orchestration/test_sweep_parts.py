@@ -238,7 +238,9 @@ def test_the_best_is_of_the_finished_and_differences_are_to_finished_controls(st
     assert [line.split()[0] for line in lines[1:6]] == ["standard", "matched", "t002", "t000", "t001"]
     assert "failed: out of memory" in lines[2]
     assert "-1.000" in lines[3]
-    assert "one training seed" in lines[-1]
+    assert "one training seed" in lines[-2]
+    assert "nothing measured beforehand predicted it" in lines[-1]
+    assert "predicted" not in table_of(answer, ["training.learning_rate"])
     assert sweep_plot(answer, ["mixture.gamma"]).startswith(b"\x89PNG")
     of_recall = "{space: {mixture.gamma: 'uniform(0,1)'}, objective: recall_digits/euler20/s1}"
     higher = summary_of(swept(of_recall), ledger)
