@@ -89,6 +89,9 @@ def connect(environment: dict[str, str], *, dashboard: bool = False) -> None:
         if dashboard:
             _check_dashboard()
     else:
+        # Without one Ray still names port 8265 as its dashboard's, and the cleaner would ask whoever is there: another
+        # cluster of the machine, which knows no such run and has it ended.
+        options["dashboard_port"] = None if dashboard else _free_port()
         with _signals_kept():
             ray.init(address="local", include_dashboard=dashboard, object_store_memory=256 * 2**20, **options)
 
@@ -108,11 +111,15 @@ def _local_address() -> str:
     """Where the cluster that is started next on this machine will be: Ray takes the port from the environment."""
     import ray
 
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
+    port = _free_port()
     os.environ["RAY_GCS_SERVER_PORT"] = str(port)
     return f"{ray.util.get_node_ip_address()}:{port}"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def _check_dashboard() -> None:

@@ -1,6 +1,11 @@
 """The whole workflow on a real Ray cluster: complete, resumable, exact after kill -9 of any process."""
 
 import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import psutil
@@ -130,3 +135,60 @@ def test_one_worker_draws_the_same_samples(finished: tuple[Path, dict], tmp_path
     two, one = losses(finished[0]), losses(tmp_path / "ws")
     assert len(two) == 3 * 2 * 6
     assert one == pytest.approx(two, rel=1e-5)
+
+
+ASKS = """
+import ray
+from orchestration.cluster import connect
+
+@ray.remote(num_cpus=0)
+def ask():
+    from ray.util.state import get_actor
+    from ray.util.state.exception import RayStateApiException
+    try:
+        return get_actor("f" * 32, timeout=5)
+    except RayStateApiException:  # the cleaner then goes on
+        return "no answer"
+
+connect({})
+print(ray.get(ask.remote()))
+"""
+
+
+@pytest.fixture
+def another_dashboard() -> Iterator[list[str]]:
+    """Who asks port 8265 for an actor is told that there is none; the paths that were asked for. Where a dashboard is
+    there already, it says the same."""
+    asked: list[str] = []
+
+    class Nobody(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            found = {"total": 0, "num_after_truncation": 0, "num_filtered": 0, "result": [], "warnings": []}
+            answer = {"result": True, "msg": "", "data": {"result": {**found, "partial_failure_warning": ""}}}
+            body = json.dumps(answer).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing."""
+
+    try:
+        server = ThreadingHTTPServer(("127.0.0.1", 8265), Nobody)
+    except OSError:
+        yield asked
+        return
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield asked
+    server.shutdown()
+    server.server_close()
+
+
+def test_the_dashboard_of_another_cluster_is_not_asked(another_dashboard: list[str]) -> None:
+    """It would say that the run's controller is dead, and Ray Train's cleaner would take the workers' places away."""
+    found = subprocess.run([sys.executable, "-c", ASKS], capture_output=True, text=True, timeout=120)
+    assert found.stdout == "no answer\n", found.stdout + found.stderr
+    assert not another_dashboard
