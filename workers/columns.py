@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,21 +25,42 @@ def describe_column(values: np.ndarray) -> dict[str, Any]:
     return {"shape": list(values.shape[1:]), "dtype": str(values.dtype)}
 
 
+def read_about(table: pa.Table) -> dict[str, Any]:
+    """What a file of this project says of itself, beside its columns.
+
+    Raises:
+        ValueError: it says nothing, or no map of settings.
+    """
+    try:
+        about = json.loads((table.schema.metadata or {})[b"mixflow"])
+    except KeyError as error:
+        raise ValueError("its metadata must have the key mixflow") from error
+    except RecursionError as error:
+        raise ValueError("its metadata are nested too deeply") from error
+    if not isinstance(about, dict):
+        raise ValueError(f"its metadata must be a map of settings, got a {type(about).__name__}")
+    return about
+
+
 def from_column(table: pa.Table, name: str, about: Mapping[str, Any]) -> np.ndarray:
     """The inverse of `as_column`: a read-only array (N, *shape).
 
     Raises:
-        ValueError: the column's rows are missing or of another size than `about` says.
+        ValueError: `about` is no shape and type of numbers, or the column's rows are missing or of another size.
     """
-    column, dtype, shape = table[name], np.dtype(about["dtype"]), tuple(about["shape"])
-    expected = pa.binary(dtype.itemsize * int(np.prod(shape)))
-    if column.type != expected:
-        raise ValueError(f"{name} must be a column of {expected}, for {shape} of {dtype}, got {column.type}")
+    column, dtype, shape = table[name], np.dtype(str(about["dtype"])), tuple(about["shape"])
+    if dtype.kind not in "uif":
+        raise ValueError(f"{name} must be of integers or floating point numbers, got {dtype}")
+    if not all(type(side) is int and side >= 1 for side in shape):
+        raise ValueError(f"{name} must have sides of 1 or more, got {shape}")
+    width, kind = dtype.itemsize * math.prod(shape), column.type
+    if not pa.types.is_fixed_size_binary(kind) or kind.byte_width != width:
+        raise ValueError(f"{name} must be a column of {width} bytes a row, for {shape} of {dtype}, got {kind}")
     if column.null_count:
         row = next(row for row, value in enumerate(column.is_null().to_pylist()) if value)
         raise ValueError(f"{name} must have a value in every row, got none in row {row}")
     rows = column.combine_chunks()
-    flat = np.frombuffer(rows.buffers()[1], dtype, len(rows) * int(np.prod(shape)), rows.offset * expected.byte_width)
+    flat = np.frombuffer(rows.buffers()[1], dtype, len(rows) * math.prod(shape), rows.offset * width)
     return flat.reshape(len(rows), *shape)
 
 

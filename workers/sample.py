@@ -21,7 +21,7 @@ from mixflow_core.interpolant import Interpolant
 from mixflow_core.loss import velocity_field
 from mixflow_core.rng import generator
 from mixflow_core.samplers import CountedField, Field, Sampler
-from workers.columns import as_column, describe_column, from_column, write_table
+from workers.columns import as_column, describe_column, from_column, read_about, write_table
 from workers.config import RunConfig
 from workers.data import to_pixels
 
@@ -202,7 +202,7 @@ def read_part(path: Path | IO[bytes]) -> tuple[Tensor, Tensor]:
     """
     try:
         table = pq.read_table(path)
-        pixels = from_column(table, "image", json.loads(table.schema.metadata[b"mixflow"]))
+        pixels = from_column(table, "image", read_about(table))
         labels = np.require(table["label"].to_numpy(), np.int64, "W")
         return torch.from_numpy(np.require(pixels, np.uint8, "W")), torch.from_numpy(labels)
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:

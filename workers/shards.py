@@ -18,14 +18,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from workers.columns import as_column, describe_column, from_column, write_table
+from workers.columns import as_column, describe_column, from_column, read_about, write_table
 from workers.data import SPLITS, CaptionTable, ImageSet, Split, slice_of
 from workers.manifest import MANIFEST, CorruptError, Manifest
 
 SCHEMA_VERSION = 3
 MOST_BYTES = 2**32  # of one shard in memory
+MOST_CLASSES = 2**28  # a byte each while a set is counted
 CAPTIONS_A_FILE = 256  # embeddings of SD3.5 are 2.6 MiB each
 ARRAYS = ("images", "labels", "features", "pixels")
+AXES = {"image": "NCHW", "features": "NTD", "pixels": "NCHW"}  # of a shard's columns
 
 # ---------------------------------------------------------------------------------------------------- writing
 
@@ -194,7 +196,7 @@ def read_captions(directory: Path) -> Iterator[CaptionTable]:
     for path in _caption_paths(directory):
         try:
             table = pq.read_table(path)
-            about = json.loads(table.schema.metadata[b"mixflow"])
+            about = read_about(table)
             _require_version(path, about["schema_version"])
             text, pooled = (from_column(table, name, about[name]) for name in ("text", "pooled"))
             captions = table["caption"].to_pylist()
@@ -240,15 +242,23 @@ def _read_shard(path: Path) -> tuple[ImageSet, int]:
     try:
         _check_size(path)
         table = pq.read_table(path)
-        about = json.loads(table.schema.metadata[b"mixflow"])
+        about = read_about(table)
         version, num_classes = about["schema_version"], about["num_classes"]
         if version == SCHEMA_VERSION:
+            if type(num_classes) is not int or not 1 <= num_classes <= MOST_CLASSES:
+                raise ValueError(f"num_classes must be an integer from 1 to {MOST_CLASSES}, got {num_classes!r:.40}")
             columns = about["columns"]
             values = {name: from_column(table, name, column) for name, column in columns.items()}
+            for name, axes in AXES.items():
+                if (name in values or name == "image") and values[name].ndim != len(axes):
+                    raise ValueError(f"{name} must have the axes {axes}, got {values[name].shape}")
+            codec = about["codec"]
+            if codec is not None and not isinstance(codec["kind"], str):
+                raise ValueError(f"codec must be null or have a kind, got {codec!r:.80}")
             if not pa.types.is_integer(table["label"].type):
                 raise TypeError(f"label must be a column of integers, got {table['label'].type}")
             labels = table["label"].cast(pa.int64()).fill_null(-1).to_numpy()  # a missing label is none of the classes
-    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+    except (OSError, pa.ArrowException, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"data shard {path} must be a Parquet file of this project's schema; {error}") from error
     if version != SCHEMA_VERSION:
         raise ValueError(f"data shard {path} must have schema version {SCHEMA_VERSION}, got {version}; write it anew")
@@ -263,7 +273,7 @@ def _read_shard(path: Path) -> tuple[ImageSet, int]:
             raise ValueError(
                 f"data shard {path}: {name} values must be finite, got NaN or infinity in row {finite.argmin()}"
             )
-    return ImageSet(values["image"], labels, about["codec"], values.get("features"), values.get("pixels")), num_classes
+    return ImageSet(values["image"], labels, codec, values.get("features"), values.get("pixels")), num_classes
 
 
 def open_shards(directory: Path, manifest: Manifest, cache: Path) -> dict[Split, ImageSet]:

@@ -378,10 +378,11 @@ def a_shard_that_unpacks_to_more_than_may_be(place: Path, numbers: random.Random
 
 @kind
 def a_shard_that_says_absurd_things_of_itself(place: Path, numbers: random.Random) -> Callable[[], Any]:
-    shape = numbers.choice([[2**40], [1, 8, -8], [], ["x"], None, [8.5], [0, 8, 8], [1, 8, 8]])
+    shape = numbers.choice([[2**40], [1, 8, -8], [], ["x"], None, [8.5], [0, 8, 8], [64], [1, 64], [1, 8, 8]])
     dtype = numbers.choice(["O", "V64", "uint8", "M8[s]", "U16", "no", None, "f8,f8"])
-    about: Any = {"schema_version": 3, "num_classes": numbers.choice([10, -1, 10**18, "x", None, 0]), "codec": None,
-                  "columns": {"image": {"shape": shape, "dtype": dtype}}}  # fmt: skip
+    columns = numbers.choice([{"image": {"shape": shape, "dtype": dtype}}] * 4 + [{}, ["image"]])
+    about: Any = {"schema_version": 3, "num_classes": numbers.choice([10, -1, 10**18, "x", None, 0]),
+                  "codec": numbers.choice([None, None, None, 3, {}, {"kind": []}]), "columns": columns}  # fmt: skip
     text = numbers.choice([json.dumps(about), json.dumps(about), "[" * 10**5, "[]", "3"])
     table = pa.table({"image": pa.array([bytes(64)] * 2, pa.binary(64)), "label": pa.array([0, 1])})
     pq.write_table(table.replace_schema_metadata({"mixflow": text}), place / "train-00000.parquet")

@@ -222,6 +222,17 @@ BAD = {
         lambda: table_of(latents(20), {**ABOUT, "columns": {"image": {**IMAGE, "shape": [1, 8, 9]}}}),
         ["schema"],
     ),
+    "two axes": (lambda: table_of(latents(20), {**ABOUT, "columns": {"image": {**IMAGE, "shape": [64]}}}), ["NCHW"]),
+    "objects": (lambda: table_of(latents(20), {**ABOUT, "columns": {"image": {**IMAGE, "dtype": "O"}}}), ["numbers"]),
+    "no side": (lambda: table_of(latents(20), {**ABOUT, "columns": {"image": {**IMAGE, "shape": [0]}}}), ["sides"]),
+    "no columns": (lambda: table_of(latents(20), {**ABOUT, "columns": ["image"]}), ["schema"]),
+    "no image column": (lambda: table_of(latents(20), {**ABOUT, "columns": {}}), ["schema", "image"]),
+    "classes": (lambda: table_of(latents(20), {**ABOUT, "num_classes": 10**18}), ["num_classes", "got 1000000000"]),
+    "a codec that is none": (lambda: table_of(latents(20), {**ABOUT, "codec": {"kind": 3}}), ["codec", "kind"]),
+    "nested metadata": (
+        lambda: table_of(latents(20)).replace_schema_metadata({"mixflow": "[" * 10**5}),
+        ["nested too deeply"],
+    ),
     "no label column": (lambda: table_of(latents(20)).drop_columns(["label"]), ["schema", "label"]),
 }
 
