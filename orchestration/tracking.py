@@ -290,6 +290,7 @@ class _Run:
     run_id: str
     stored: set[str] = field(default_factory=set)  # metric keys that MLflow held when we met the run
     steps: dict[str, set[int]] = field(default_factory=dict)  # by metric key, once read: the steps that MLflow holds
+    ended: tuple[str, int] | None = None  # status and time of the end that it had, as long as nothing new is measured
 
 
 class _Sender:
@@ -354,6 +355,7 @@ class _Sender:
         else:
             run, known = found, self._remember(key, found)
             if run.info.status != "RUNNING":
+                known.ended = run.info.status, run.info.end_time
                 self._call(f"restart {key}", self._client.update_run, known.run_id, "RUNNING")
         conflicts = [name for name, value in params.items() if run.data.params.get(name, value) != value]
         tags = [(CLAIMED, "true"), *event["tags"]]
@@ -385,6 +387,8 @@ class _Sender:
             key, step = row[0], row[1]
             if step not in self._steps(run, key):
                 fresh.setdefault((key, step), row)
+        if fresh:
+            run.ended = None
         for key, step, *_ in self._log(run, "metrics", list(fresh.values())):
             run.steps[key].add(step)
 
@@ -421,8 +425,9 @@ class _Sender:
     def _end(self, event: Event) -> None:
         run = self._run(event["run"])
         self._find(run.key)  # removes a second run that a delayed request may have made meanwhile
-        arguments = run.run_id, event["status"], event["time"]
-        self._call(f"end {run.key}", self._client.set_terminated, *arguments)
+        before, status = run.ended, event["status"]
+        time_ms = before[1] if before and before[0] == status else event["time"]  # told again, it ended when it did
+        self._call(f"end {run.key}", self._client.set_terminated, run.run_id, status, time_ms)
         del self._runs[run.key]  # its steps need not stay in memory
 
     def _run(self, key: str) -> _Run:

@@ -1,6 +1,6 @@
 """Plants secrets where users keep theirs, runs the command line for real, and looks for them in all that was left.
 
-    python tests/benchmarks/secrets_campaign.py --work /tmp/secrets
+    pip install -e .[server] && python tests/benchmarks/secrets_campaign.py --work /tmp/secrets
 
 The secrets are AWS keys, MLflow's password (in the URI and as a variable) and token, passwords of a database, of an S3
 endpoint's and of a bucket's URL, and Ray's token. Each command of `SCENARIOS` runs as a process with them in its
@@ -30,7 +30,8 @@ from urllib.parse import quote
 from campaigns import append_result, read_results
 
 RESULTS = Path(__file__).parent / "results" / "secrets_campaign.jsonl"
-sys.path += [str(Path(__file__).parents[2]), str(Path(__file__).parents[1] / "orchestration")]
+sys.path.append(str(Path(__file__).parents[2]))
+sys.path += [str(Path(__file__).parents[1] / folder) for folder in ("orchestration", "servers")]
 
 SECRETS = {
     "AWS secret key": "plantedAwsSecret/0a+1",
@@ -95,8 +96,8 @@ class Place:
     """Servers, directories and the environment of the commands."""
 
     def __init__(self, work: Path) -> None:
-        from conftest import BUCKET, free_port
         from moto.server import ThreadedMotoServer
+        from s3_servers import BUCKET, free_port
 
         self.work, self.ray = work, Path(f"/tmp/secrets-{os.getpid()}")  # short: Ray's sockets lie in it
         self.hidden = work / "planted"  # the administrator's own password lies here, and is not looked for

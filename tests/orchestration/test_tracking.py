@@ -192,6 +192,20 @@ def test_a_continued_run_is_the_same_run_and_keeps_its_params(sqlite, track, cap
     assert Reader(sqlite, "experiment").run("a").info.status == "FINISHED"
 
 
+def test_a_run_that_is_told_again_ended_when_it_did(sqlite, track):
+    """Until something new is measured: then it ended later."""
+    ends = []
+    for steps in (3, 3, 5):
+        tracker = track(sqlite)
+        tracker.start_run("a", "a")
+        tracker.log("a", curve("train/loss", range(steps)))
+        tracker.end_run("a", "FINISHED")
+        deliver(tracker)
+        tracker.close()
+        ends.append(Reader(sqlite, "experiment").run("a").info.end_time)
+    assert ends[0] == ends[1] < ends[2]
+
+
 def test_an_experiment_that_was_deleted_is_restored(sqlite, track, caplog):
     from mlflow import MlflowClient
 
