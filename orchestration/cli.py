@@ -282,21 +282,37 @@ def _measured_arm(experiment: Experiment, arm: str) -> str:
     return f"slow-flow/{arm}"
 
 
+def _check_sweep(experiment: Experiment, confirmed: bool) -> None:
+    """Refuses a space that holds no valid run, or one that could not be confirmed."""
+    from orchestration.confirm import check_best
+    from orchestration.trials import check_space
+
+    check_space(experiment)
+    if confirmed:
+        check_best(experiment)
+
+
 def _sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     from orchestration import mlflow_server
-    from orchestration.confirm import confirm
+    from orchestration.confirm import confirm, write_best
     from orchestration.recipe import load
     from orchestration.run import open_place
     from orchestration.sweep import run_sweep
 
     experiment = load(arguments.experiment, arguments.overrides, spaces=arguments.space)
+    _check_sweep(experiment, arguments.confirm)
     place = open_place()
     outcome = run_sweep(experiment, place, resume=arguments.resume)
-    if arguments.confirm and outcome["best"]:
-        outcome["confirmed"] = confirm(experiment, outcome, place)
+    if outcome["best"]:
+        outcome["best_experiment"] = write_best(experiment, outcome, place)
     if not arguments.json:
         print(outcome["table"])
         print(f"figure:  {outcome['figure']}")
+        if outcome["best"]:
+            print(f"best:    {outcome['best_experiment']}, an experiment whose arm best has its parameters", flush=True)
+    if arguments.confirm and outcome["best"]:
+        outcome["confirmed"] = confirm(experiment, outcome, place)
+    if not arguments.json:
         if "confirmed" in outcome:
             print(outcome["confirmed"]["table"])
             print(f"report:  {outcome['confirmed']['report']}")
@@ -346,7 +362,7 @@ def _plan(arguments: argparse.Namespace) -> dict[str, Any]:
         from orchestration.sweep_report import budget
         from orchestration.trials import check_space
 
-        plan["sweep"] = budget(experiment, check_space(experiment))
+        plan["sweep"] = budget(experiment, check_space(experiment), arguments.mfu, arguments.peak_tflops)
     if not arguments.json:
         print(plan_text(plan, arguments.mfu, arguments.peak_tflops))
         if "sweep" in plan:
@@ -492,7 +508,9 @@ def _submit(arguments: argparse.Namespace) -> dict[str, Any]:
     refuse_secrets(command, os.environ)  # before any message quotes it
     its = _parser().parse_args(command)
     if its.verb in (*STAGE_VERBS, "sweep"):  # what is wrong in the words is said here, not by a job minutes later
-        load(its.experiment, [*its.overrides, *_checkpoint(its)], getattr(its, "space", ()))
+        experiment = load(its.experiment, [*its.overrides, *_checkpoint(its)], getattr(its, "space", ()))
+        if its.verb == "sweep":
+            _check_sweep(experiment, its.confirm)
     answer = submit(command, arguments.address, dry_run=arguments.dry_run, as_json=arguments.json)
     if arguments.dry_run and not arguments.json:
         print(answer["command"])

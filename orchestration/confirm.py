@@ -7,32 +7,60 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
+import yaml
+
 from orchestration.experiment import Experiment
 from orchestration.launch import Reporter, RunFailedError
 from orchestration.protocols import fingerprint
-from orchestration.recipe import put, validated
+from orchestration.recipe import validated
 from orchestration.recording import DRAIN_S
 from orchestration.results import format_interval, summarise
 from orchestration.run import Place, run_experiment
-from orchestration.trials import MATCHED, STANDARD
+from orchestration.space import samples_of
+from orchestration.trials import MATCHED, STANDARD, put_params, sweep_of
 from orchestration.workflow import Workspace
 
 BEST = "best"
 
 
 def best_experiment(experiment: Experiment, params: Mapping[str, Any]) -> Experiment:
-    """`<name>-best`: the best parameters beside standard training and their own matched marginal."""
+    """`<name>-best`: the best parameters beside standard training and, where they slow, their own matched marginal.
+
+    It is judged where the sweep was, and its seeds are none that the sweep has seen: what was the luckiest there is not
+    counted again.
+    """
     raw = json.loads(experiment.model_dump_json())
     raw |= {"name": f"{experiment.name}-{BEST}", "claims": [], "sweep": None}
+    raw["evaluation"]["primary"] = experiment.objective
     raw["arms"] = {
         STANDARD: {"mixture": asdict(experiment.standard)},
         BEST: {},
         MATCHED: {"mixture": {"condition_on": "m"}},
     }
-    for key, value in params.items():
-        for place in (f"arms.{arm}.{key}" for arm in (BEST, MATCHED)) if key.startswith("corrective.") else (key,):
-            put(raw, place, value)
-    return validated(raw["name"], raw)
+    put_params(raw, params, BEST, MATCHED)
+    found = validated(raw["name"], raw)
+    if found.mixture_of(BEST) == found.mixture_of(MATCHED):
+        del raw["arms"][MATCHED]
+        found = validated(raw["name"], raw)
+    return found
+
+
+def check_best(experiment: Experiment) -> None:
+    """Refuses a space with a point that could not be run again as the best.
+
+    Raises:
+        ValueError: naming the point.
+    """
+    for point in samples_of(sweep_of(experiment).laws):
+        best_experiment(experiment, point)
+
+
+def write_best(experiment: Experiment, answer: Mapping[str, Any], place: Place) -> str:
+    """Writes the best as an experiment file beside the sweep's results; returns its URI."""
+    settings = json.loads(best_experiment(experiment, answer["best"]["params"]).model_dump_json())
+    path = f"{answer['sweep']}/best.yaml"
+    place.storage.put(path, yaml.safe_dump(settings, sort_keys=False).encode())
+    return f"{place.storage.uri}/{path}"
 
 
 def confirm(experiment: Experiment, answer: Mapping[str, Any], place: Place) -> dict[str, Any]:

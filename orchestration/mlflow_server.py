@@ -193,6 +193,8 @@ def mlflow_client(uri: str) -> Any:
     defaults = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+        # By default it fetches from the server's own store, at an address that is perhaps the server's alone.
+        "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # "View run ..." for each run that ends
         "MLFLOW_LOGGING_LEVEL": "WARNING",  # it tells of every table that it makes in a new database

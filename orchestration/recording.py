@@ -65,7 +65,8 @@ class Recorder:
         }
         # Experiments of one name and other settings stand side by side: their identity tells them apart.
         name = f"{experiment.name}-{experiment.identity[:6]}"
-        self.tell("start_run", EXPERIMENT, name, experiment.model_dump(mode="json"), tags)
+        params = experiment.model_dump(mode="json", exclude={"sweep"})  # which a run does not read, and may change
+        self.tell("start_run", EXPERIMENT, name, params, tags)
         for stage in self.trained:
             arm, _, replicate = stage.name.removeprefix("arms/").partition("/")
             settings = stage.settings.get("run", stage.settings)

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from mixflow_core.correctives import SamplingCorrective, TrainingCorrective
 from mixflow_core.mixture import SlowedMixture
 from mixflow_core.samplers import Sampler
-from orchestration.space import Law, Search, grid_size, parse_space, search_of
+from orchestration.space import Law, Search, grid_size, is_finite, parse_space, search_of
 from workers.config import Frozen, Training
 from workers.data import Split
 from workers.encode import Images
@@ -256,7 +256,7 @@ class Sweep(Frozen):
     @field_validator("scheduler", mode="before")
     @classmethod
     def _no_pbt(cls, scheduler: Any) -> Any:
-        if scheduler == "pbt":
+        if str(scheduler).lower() in ("pbt", "population", "population_based"):
             raise ValueError(
                 "scheduler must be fifo or asha, got 'pbt'; Ray Tune's population based training does nothing for "
                 "trials that are Ray Train runs, which hand Tune no checkpoint"
@@ -281,7 +281,9 @@ class Sweep(Frozen):
     @property
     def most_trials(self) -> int:
         """Trials in all, besides the controls, where none was run that the present space does not have."""
-        return self.num_trials or (grid_size(self.laws) if self.resolved_search == "grid" else 8)
+        points = grid_size(self.laws) if is_finite(self.laws) else None
+        wanted = self.num_trials or (points if self.resolved_search == "grid" else None) or 8
+        return min(wanted, points or wanted)
 
 
 Positive = Annotated[int, Field(ge=1)]

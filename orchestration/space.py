@@ -11,7 +11,7 @@ import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
+from itertools import count, product
 from typing import Any, Literal
 
 LAWS = ("uniform(a,b)", "loguniform(a,b)", "randint(a,b)", "choice(a,b,...)", "grid(a,b,...)")
@@ -160,6 +160,11 @@ def search_of(laws: Mapping[str, Law], search: Search | None) -> Search:
     return found
 
 
+def is_finite(laws: Mapping[str, Law]) -> bool:
+    """Whether there is a space and it has so many points."""
+    return bool(laws) and all(law.points is not None for law in laws.values())
+
+
 def grid_size(laws: Mapping[str, Law]) -> int:
     """Points of the grid of finite laws."""
     return math.prod(len(law.points or ()) for law in laws.values())
@@ -182,12 +187,13 @@ def samples_of(laws: Mapping[str, Law]) -> list[dict[str, Any]]:
 def suggest(
     laws: Mapping[str, Law], search: Search, seed: int, number: int, tried: Sequence[Tried], *, lower_is_better: bool
 ) -> dict[str, Any] | None:
-    """The parameters of trial `number`; None where a grid has no more points.
+    """The parameters of trial `number`; None where a space of points has no more.
 
     Args:
         laws: by key.
-        search: `grid` goes on with the first point that was not tried; `random` depends on seed and number alone;
-            `optuna` asks its TPE sampler, told of what was finished or pruned, in the order of the numbers.
+        search: `grid` goes on with the first point that was not tried; `random` depends on seed and number, and draws
+            again what was tried; `optuna` asks its TPE sampler, told of what was finished or pruned, in the order of
+            the numbers, so that with several trials at once it depends on which had ended.
         seed: of the sweep.
         number: of the trial, from 0.
         tried: every trial that was begun.
@@ -197,9 +203,16 @@ def suggest(
         begun = [dict(trial.params) for trial in tried]
         points = product(*(law.points or () for law in laws.values()))
         return next((point for p in points if (point := dict(zip(laws, p, strict=True))) not in begun), None)
-    if search == "random":
-        return {key: law.at(random.Random(f"{seed}/{key}/{number}").random()) for key, law in laws.items()}
-    return _ask_optuna(laws, seed, number, tried, lower_is_better)
+    # Trials share seed and noise: of a space of points, one that was tried would say the same again.
+    begun = [dict(trial.params) for trial in tried if holds(laws, trial.params)] if is_finite(laws) else []
+    if begun and len({tuple(params[key] for key in laws) for params in begun}) >= grid_size(laws):
+        return None
+    found = _ask_optuna(laws, seed, number, tried, lower_is_better) if search == "optuna" else None
+    draws = (f"{number}/{again}" if again else f"{number}" for again in count())
+    while found is None or found in begun:
+        draw = next(draws)
+        found = {key: law.at(random.Random(f"{seed}/{key}/{draw}").random()) for key, law in laws.items()}
+    return found
 
 
 def _ask_optuna(

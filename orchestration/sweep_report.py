@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from orchestration.differences import higher_is_better
@@ -15,7 +16,7 @@ from orchestration.plan import PEAK_TFLOPS, costs, evaluations_of
 from orchestration.recording import EXPERIMENT, Recorder, now_ms
 from orchestration.results import cell_file
 from orchestration.tracking import Metric
-from orchestration.trials import CONTROLS, MATCHED, SCHEDULING, sweep_identity, sweep_of, trial_experiment
+from orchestration.trials import CONTROLS, MATCHED, SCHEDULING, UNREAD, sweep_identity, sweep_of, trial_experiment
 from orchestration.workflow import Workspace, code_version, trial_stage
 from workers.cost import cost_of
 
@@ -32,12 +33,16 @@ class SweepWorkspace(Workspace):
         return f"sweeps/{self.experiment.name}-{sweep_identity(self.experiment)}"
 
 
-def budget(experiment: Experiment, reached: Sequence[Experiment]) -> dict[str, Any]:
+def budget(
+    experiment: Experiment, reached: Sequence[Experiment], mfu: float = MFU, peak_tflops: float | None = None
+) -> dict[str, Any]:
     """What the sweep may take, trials, steps and hours, if none is stopped; `text` says it in a line.
 
     Args:
         experiment: with its sweep.
         reached: the experiments at the corners of the space.
+        mfu: the share of the peak that a device reaches, as in `plan`.
+        peak_tflops: that peak; None for an H100's.
     """
     trials, most = sweep_of(experiment).most_trials, max(reached, key=lambda e: e.training.steps)
     plan, longest = costs(experiment), costs(most)
@@ -46,11 +51,13 @@ def budget(experiment: Experiment, reached: Sequence[Experiment]) -> dict[str, A
     control = trial_experiment(experiment, MATCHED, {})
     measuring = trials * _measuring_flops(most) + len(CONTROLS) * _measuring_flops(control)
     flops = training + measuring
-    hours = flops / (MFU * PEAK_TFLOPS[plan["precision"]] * 1e12) / 3600
+    peak = peak_tflops or PEAK_TFLOPS[plan["precision"]]
+    whose = f"{peak_tflops:g} TFLOP/s" if peak_tflops else f"an H100's peak in {plan['precision']}"
+    hours = flops / (mfu * peak * 1e12) / 3600
     text = (
         f"at most {trials} trials and {len(CONTROLS)} controls, {steps:,} steps, {flops:.3g} FLOPs, "
-        f"{measuring / flops:.0%} of them for the objective: {hours:.3g} device-hours at {MFU:.0%} of an H100's peak "
-        f"in {plan['precision']}"
+        f"{measuring / flops:.0%} of them for the objective: {hours:.3g} device-hours at {mfu:.0%} of {whose}, "
+        "beside what the trials share"
     )
     return {
         "trials": trials,
@@ -90,7 +97,7 @@ class SweepRecorder(Recorder):
         experiment, identity = self.workspace.experiment, sweep_identity(self.workspace.experiment)
         sweep = sweep_of(experiment).model_dump(mode="json")
         params = {
-            **experiment.model_dump(mode="json", exclude={"sweep", "cluster"}),
+            **experiment.model_dump(mode="json", exclude={"sweep", *UNREAD}),
             "sweep": {key: value for key, value in sweep.items() if key not in SCHEDULING},
         }
         # What may change when a sweep is extended cannot be a parameter.
@@ -185,8 +192,12 @@ def summary_of(experiment: Experiment, ledger: Ledger) -> dict[str, Any]:
     """
     controls = {e.label: e.objective for e in ledger.controls if e.state == "finished" and e.objective is not None}
 
+    laws = sweep_of(experiment).laws
+    present = {entry.label for entry in ledger.within(laws)}  # of the space as it is now
+
     def row(entry: Entry) -> dict[str, Any]:
         value = entry.objective if entry.state == "finished" else None
+        others = {name: v for name, v in controls.items() if name != MATCHED or _is_matched(experiment, entry)}
         return {
             "label": entry.label,
             "params": entry.params,
@@ -195,23 +206,35 @@ def summary_of(experiment: Experiment, ledger: Ledger) -> dict[str, Any]:
             "objective": entry.objective,
             "history": entry.history,
             "reason": entry.reason,
-            "differences": {} if value is None else {name: value - other for name, other in controls.items()},
+            "differences": {} if value is None else {name: value - other for name, other in others.items()},
+            "in_space": entry.is_control or entry.label in present,
         }
 
     lower = not higher_is_better(experiment.objective.partition("/")[0])
     trials = [row(entry) for entry in ledger.trials]
-    present = {entry.label for entry in ledger.within(sweep_of(experiment).laws)}  # of the space as it is now
-    finished = [trial for trial in trials if trial["state"] == "finished" and trial["label"] in present]
+    finished = [trial for trial in trials if trial["state"] == "finished" and trial["in_space"]]
     best = min(finished, key=lambda t: t["objective"] if lower else -t["objective"], default=None)
     return {
         "objective": experiment.objective,
         "lower_is_better": lower,
-        "note": "differences are of one training seed and have no interval, and the controls have the file's own "
-        "settings where a trial has others; the best of many is flattered",
+        "note": "differences are of one training seed and have no interval, and the best of many is flattered; the "
+        "controls have the file's own settings, so a difference to matched stands only where a trial has its mixture "
+        "and training: --confirm runs the best beside its own",
         "controls": [row(entry) for entry in ledger.controls],
         "trials": trials,
         "best": best,
     }
+
+
+def _is_matched(experiment: Experiment, entry: Entry) -> bool:
+    """Whether the matched control is this trial's own: of the same law of times, and trained alike."""
+    if entry.is_control:
+        return True
+    if entry.refused:
+        return False
+    mine, its = (trial_experiment(experiment, e, p) for e, p in ((entry.label, entry.params), (MATCHED, {})))
+    law = replace(mine.mixture_of(entry.label), condition_on="m")
+    return law == its.mixture_of(MATCHED) and mine.training == its.training
 
 
 def table_of(answer: Mapping[str, Any], keys: Sequence[str]) -> str:
@@ -219,15 +242,17 @@ def table_of(answer: Mapping[str, Any], keys: Sequence[str]) -> str:
     sign = 1 if answer["lower_is_better"] else -1
     last = float("inf")
 
-    def place(trial: Mapping[str, Any]) -> tuple[bool, float]:
-        return trial["state"] != "finished", sign * trial["objective"] if trial["objective"] is not None else last
+    def place(trial: Mapping[str, Any]) -> tuple[bool, bool, float]:
+        value = sign * trial["objective"] if trial["objective"] is not None else last
+        return not trial["in_space"], trial["state"] != "finished", value
 
     head = ["", *keys, answer["objective"], *(f"- {name}" for name in CONTROLS), "step", "state"]
     rows = [head]
     for trial in [*answer["controls"], *sorted(answer["trials"], key=place)]:
         given = [_shown(trial["params"].get(key, "")) for key in keys]
         gaps = [_gap(trial, name) for name in CONTROLS]
-        state = f"{trial['state']}: {trial['reason']}" if trial["reason"] else trial["state"]
+        state = trial["state"] if trial["in_space"] else f"{trial['state']}, outside the space"
+        state += f": {trial['reason']}" if trial["reason"] else ""
         rows.append([trial["label"], *given, number(trial["objective"]), *gaps, str(trial["step"]), state])
     widths = [max(len(row[place]) for row in rows) for place in range(len(head))]
     lines = ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in rows]

@@ -41,12 +41,18 @@ def trial_experiment(experiment: Experiment, label: str, params: Mapping[str, An
     raw["arms"] = {STANDARD: {"mixture": asdict(experiment.standard)}}
     if label != STANDARD:
         raw["arms"][label] = {"judged": False, "mixture": {"condition_on": "m"} if label == MATCHED else {}}
+    put_params(raw, params, label)
+    at = ", ".join(f"{key}={value}" for key, value in params.items())
+    return validated(f"{experiment.name} with {at}" if at else experiment.name, raw)
+
+
+def put_params(raw: dict[str, Any], params: Mapping[str, Any], *arms: str) -> None:
+    """Sets a trial's parameters in raw settings, those of `corrective` in the arms."""
     if params.get("mixture.slowing_law") == "independent" and "mixture.gamma" not in params:
         put(raw, "mixture.gamma", 0)  # that law has no range: without this it could not be searched beside the other
     for key, value in params.items():
-        put(raw, f"arms.{label}.{key}" if key.startswith("corrective.") else key, value)
-    at = ", ".join(f"{key}={value}" for key, value in params.items())
-    return validated(f"{experiment.name} with {at}" if at else experiment.name, raw)
+        for place in (f"arms.{arm}.{key}" for arm in arms) if key.startswith("corrective.") else (key,):
+            put(raw, place, value)
 
 
 def check_space(experiment: Experiment) -> list[Experiment]:

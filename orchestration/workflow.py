@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mixflow_core.samplers import Sampler
-from orchestration.experiment import Experiment
+from orchestration.experiment import Experiment, derived_seed
 from orchestration.lease import Lease, hold
 from orchestration.parts import Parts, parts_of
 from orchestration.storage import Storage, join, open_storage
@@ -193,8 +193,14 @@ def _sample_stage(e: Experiment, arm: str, pair: int) -> Stage:
     return Stage(f"samples/{arm}/{pair}", settings, (*_weights_of(e, arm, pair), *beside))
 
 
+SEARCH = -1  # the number of the trials' seeds, which no pair of an experiment has
+
+
 def trial_stage(e: Experiment, arm: str) -> Stage:
-    """A trial of a sweep: the arm's first run, and the objective on fixed noise while it trains."""
+    """A trial of a sweep: a run of the arm, and the objective on fixed noise while it trains.
+
+    Its seeds are the search's own, so that an experiment with the parameters that it found is no repetition of it.
+    """
     assert e.sweep, "only a sweep has trials"
     metric, _, cell = e.objective.partition("/")
     sampling = _sample_stage(e, arm, 0).settings
@@ -203,11 +209,13 @@ def trial_stage(e: Experiment, arm: str) -> Stage:
         **{key: value for key, value in sampling.items() if key != "run"},
         "samplers": [asdict(sampler)],
         "num_samples": e.sweep.num_samples or e.evaluation.num_samples,
+        "seed": e.sampling_seed(SEARCH),
     }
+    run = e.arm_run(arm, 0).model_copy(update={"seed": derived_seed(e.seed, "training", SEARCH)})
     return Stage(
         f"trials/{arm}",
         {
-            "run": e.arm_run(arm, 0).model_dump(mode="json"),
+            "run": run.model_dump(mode="json"),
             "metric": metric,
             "every": e.sweep.evaluate_every or e.training.checkpoint_every,
             "samples": samples,

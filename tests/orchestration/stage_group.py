@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from orchestration import workflow
 from orchestration.recipe import load
 from orchestration.site import Site
 from orchestration.stages import run_stages
@@ -117,6 +118,7 @@ def trial_rank(
         with (directory / f"rungs-{rank}").open("a") as file:
             file.write(f"{step} {value!r}\n")
 
+    workflow.SEARCH = 0  # the seeds of an arm's first pair, against which the trial is held
     experiment = trial_experiment(load("quickstart", overrides), "t000", params)
     workspace = Workspace(experiment, open_storage(str(directory / "ws")), "t000")
     site = Site(workspace, rank, world_size, torch.device("cpu"), directory / "cache", lambda *told: None, rung)

@@ -125,7 +125,7 @@ def recipe(tmp_path: Path) -> Callable[..., str]:
         ("training.steps=1.5", "training.steps must be an integer, got 1.5"),
         ("training.reproducible=1", "training.reproducible must be true or false, got 1"),
         ("mixture.gamma=true", "mixture.gamma must be a number, got True"),
-        ("mixture.gamma=auto", "nothing measured before predicts the best: search it by a sweep"),
+        ("mixture.gamma=auto", "nothing measured before was found to predict the best: search it by a sweep"),
         ("mixture.gamma=1.5", "mixture.gamma must lie in [0, 1], got 1.5; "),
         ("arms.mixflow.mixture.gamma=1.5", "arms.mixflow.mixture: gamma must lie in [0, 1], got 1.5; "),
         ("mixture.gamma=.nan", "mixture.gamma must lie in [0, 1], got nan; "),

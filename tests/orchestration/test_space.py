@@ -200,3 +200,13 @@ def test_optuna_leaves_alone_what_was_pruned():
         )
 
     assert above(told) < 12 < above(untold)
+
+
+@pytest.mark.parametrize("how", ["random", "optuna"])
+def test_a_space_of_points_is_drawn_without_repetition(how):
+    laws = parse_space({"mixture.gamma": "choice(0.0,0.4,0.8)", "mixture.condition_on": "choice(m,t)"})
+    tried: list[Tried] = []
+    while (point := suggest(laws, how, 0, len(tried), tried, lower_is_better=True)) is not None:
+        tried.append(Tried(len(tried), point, 1.0))
+    assert len(tried) == 6
+    assert len({tuple(sorted(trial.params.items())) for trial in tried}) == 6

@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from ray.tune.search import Searcher
 
 from orchestration import cluster, sweep
-from orchestration.confirm import best_experiment
+from orchestration.confirm import best_experiment, check_best, write_best
 from orchestration.experiment import Experiment
 from orchestration.figures import sweep_plot
 from orchestration.ledger import Entry, Ledger
@@ -255,6 +255,52 @@ def test_the_best_again_beside_its_own_controls():
     assert again.arms["standard"].corrective.is_off
     assert again.arm_run("best", 0).corrective == again.arm_run("matched", 0).corrective
     assert again.replicates == load("quickstart").replicates
+    elsewhere = best_experiment(swept("{objective: fd_digits/euler4/s1}"), {})
+    assert elsewhere.evaluation.primary == "fd_digits/euler4/s1", "it is judged where it was searched"
+    assert list(best_experiment(swept("{}"), {"mixture.gamma": 0}).arms) == ["standard", "best"], "no twin of itself"
+    check_best(swept("{space: {mixture.slowing_law: 'choice(interval,independent)'}}"))
+
+
+def test_the_best_is_a_file_that_can_be_run(storage, tmp_path):
+    answer = {"sweep": "sweeps/one", "best": {"params": {"mixture.gamma": 0.4895588723451577}}}
+    uri = write_best(swept("{}"), answer, SimpleNamespace(storage=storage))
+    assert uri == f"{storage.uri}/sweeps/one/best.yaml"
+    (tmp_path / "best.yaml").write_bytes(storage.read("sweeps/one/best.yaml"))
+    found = load(str(tmp_path / "best.yaml"))
+    assert found == best_experiment(swept("{}"), answer["best"]["params"])
+    assert found.mixture_of("best").gamma == 0.4895588723451577
+
+
+def test_matched_is_the_control_of_trials_of_its_own_mixture(storage):
+    experiment = swept(
+        "{space: {mixture.gamma: 'choice(0.1,0.8)', mixture.condition_on: 'choice(m,t)'}, num_trials: 9}"
+    )
+    ledger = Ledger(storage, HOME)
+    drain(experiment, ledger)
+    assert len(ledger.trials) == 4, "every point once"
+    for entry in list(ledger.entries.values()):
+        ended(ledger, entry.label, "finished", (1000, 6.0))
+    trials = summary_of(experiment, ledger)["trials"]
+    assert {tuple(t["params"].values()): list(t["differences"]) for t in trials} == {
+        (0.1, "m"): ["standard"],
+        (0.1, "t"): ["standard"],
+        (0.8, "m"): ["standard", "matched"],
+        (0.8, "t"): ["standard", "matched"],
+    }
+
+
+def test_trials_outside_the_space_come_last_and_say_so(storage):
+    ledger = Ledger(storage, HOME)
+    drain(swept("{space: {mixture.gamma: 'choice(0.1)'}}"), ledger)
+    wider = swept("{space: {mixture.gamma: 'choice(0.2)'}}")
+    drain(wider, ledger)
+    ended(ledger, "t000", "finished", (1000, 1.0))
+    ended(ledger, "t001", "finished", (1000, 2.0))
+    answer = summary_of(wider, ledger)
+    assert answer["best"]["label"] == "t001"
+    lines = [line for line in table_of(answer, ["mixture.gamma"]).splitlines() if line.startswith("t0")]
+    assert [line.split()[0] for line in lines] == ["t001", "t000"]
+    assert "finished, outside the space" in lines[1]
 
 
 def test_weights_are_registered_once(storage, tmp_path, empty_database):

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 from stage_group import SMALL, run_group, run_trial
 
-from orchestration import objective
+from orchestration import objective, workflow
+from orchestration.confirm import best_experiment
 from orchestration.progress import Progress
 from orchestration.recipe import load
 from orchestration.run import _driver_stages
 from orchestration.storage import open_storage
 from orchestration.trials import check_space, sweep_identity, trial_experiment
-from orchestration.workflow import Workspace
+from orchestration.workflow import Workspace, trial_stage
 
 KEY = "eval/fd_digits/euler3/s1"
 TRIAL = (*SMALL, "training.steps=40", "training.checkpoint_every=10", "sweep.evaluate_every=20")
@@ -97,6 +99,8 @@ def test_the_law_without_a_range_is_searched_beside_the_other():
     interval, independent = check_space(swept("sweep={space: {mixture.slowing_law: 'choice(interval,independent)'}}"))
     assert interval.mixture == load("quickstart").mixture
     assert (independent.mixture.slowing_law, independent.mixture.gamma) == ("independent", 0)
+    again = best_experiment(swept(), {"mixture.slowing_law": "independent"})
+    assert (again.mixture.slowing_law, again.mixture.gamma) == ("independent", 0)
     both = "sweep={space: {mixture.slowing_law: 'choice(interval,independent)', mixture.gamma: 'uniform(0.2,1)'}}"
     with pytest.raises(ValueError, match=r"gamma must be 0 with slowing_law 'independent', got 0\.2; set gamma to 0"):
         check_space(swept(both))
@@ -115,7 +119,24 @@ def test_a_sweep_is_known_by_what_its_trials_share():
 
 
 @pytest.fixture(scope="module")
-def ready(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def seeds_of_an_arm() -> Iterator[None]:
+    """Trials with the seeds of an arm's first pair, against which they are held."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(workflow, "SEARCH", 0)
+        yield
+
+
+def test_the_seeds_of_a_search_are_of_no_pair():
+    experiment = swept("replicates=5")
+    stage = trial_stage(trial_experiment(experiment, "t000", {}), "t000")
+    again = best_experiment(experiment, {})
+    for pair in range(5):
+        assert stage.settings["run"]["seed"] != again.arm_run("best", pair).seed
+        assert stage.settings["samples"]["seed"] != again.sampling_seed(pair)
+
+
+@pytest.fixture(scope="module")
+def ready(tmp_path_factory: pytest.TempPathFactory, seeds_of_an_arm: None) -> Path:
     """All that trials share, and the arm that a trial without parameters is, with its metrics."""
     directory = tmp_path_factory.mktemp("ready")
     workspace = Workspace(load("quickstart", TRIAL), open_storage(str(directory / "ws")))
