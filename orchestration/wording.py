@@ -40,7 +40,8 @@ def one_line(error: ValidationError, root: type) -> str:
             return section + text.removeprefix(own)
         return f"{section}.{text}" if section and not text.startswith(section) else text
     if problem["loc"] and problem["loc"][-1] == "gamma" and value == "auto":
-        return f"{where} must be a number, got 'auto'; nothing measured before was found to predict the best: search it by a sweep"
+        reason = "nothing measured before was found to predict the best"
+        return f"{where} must be a number, got 'auto'; {reason}: search it by a sweep"
     rule, mend = _rule(problem["type"], problem["msg"], problem.get("ctx", {})), "correct it"
     if value is None:
         shown, mend = "nothing", "give a value"

@@ -366,8 +366,9 @@ def test_a_sweep_in_which_nothing_finished_has_failed(capsys, monkeypatch):
     for more in ([], ["--confirm"]):
         assert main([*command, *more]) == 1
         assert "no trial has finished" in capsys.readouterr().out
-    outcome["best"] = {"label": "t000"}
+    outcome |= {"best": {"label": "t000", "params": {"mixture.gamma": 0.3}}, "sweep": "sweeps/one"}
     assert main(command) == 0
+    assert "sweeps/one/best.yaml, an experiment" in capsys.readouterr().out
 
 
 def test_doctor_names_what_does_not_work(capsys, tmp_path):
