@@ -227,14 +227,15 @@ def summary_of(experiment: Experiment, ledger: Ledger) -> dict[str, Any]:
 
 
 def _is_matched(experiment: Experiment, entry: Entry) -> bool:
-    """Whether the matched control is this trial's own: of the same law of times, and trained alike."""
+    """Whether the matched control is this trial's own: of the same law of times, and trained alike otherwise."""
     if entry.is_control:
         return True
     if entry.refused:
         return False
     mine, its = (trial_experiment(experiment, e, p) for e, p in ((entry.label, entry.params), (MATCHED, {})))
     law = replace(mine.mixture_of(entry.label), condition_on="m")
-    return law == its.mixture_of(MATCHED) and mine.training == its.training
+    alike = mine.arms[entry.label].corrective == its.arms[MATCHED].corrective and mine.training == its.training
+    return alike and law == its.mixture_of(MATCHED)
 
 
 def table_of(answer: Mapping[str, Any], keys: Sequence[str]) -> str:

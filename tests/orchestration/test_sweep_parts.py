@@ -289,6 +289,19 @@ def test_matched_is_the_control_of_trials_of_its_own_mixture(storage):
     }
 
 
+def test_matched_is_no_control_of_a_trial_with_another_remedy(storage):
+    experiment = swept("{space: {corrective.input_perturbation: 'choice(0,0.1)'}}")
+    ledger = Ledger(storage, HOME)
+    drain(experiment, ledger)
+    for entry in list(ledger.entries.values()):
+        ended(ledger, entry.label, "finished", (1000, 6.0))
+    trials = summary_of(experiment, ledger)["trials"]
+    assert {t["params"]["corrective.input_perturbation"]: list(t["differences"]) for t in trials} == {
+        0: ["standard", "matched"],
+        0.1: ["standard"],
+    }
+
+
 def test_trials_outside_the_space_come_last_and_say_so(storage):
     ledger = Ledger(storage, HOME)
     drain(swept("{space: {mixture.gamma: 'choice(0.1)'}}"), ledger)
