@@ -25,8 +25,9 @@ def command(*space: str) -> list[str]:
 
 
 def told(answer: dict[str, Any]) -> dict[str, Any]:
-    """What a sweep found, by label."""
-    return {row["label"]: row for row in [*answer["controls"], *answer["trials"]]}
+    """What a sweep found, by label, in whatever space."""
+    rows = [*answer["controls"], *answer["trials"]]
+    return {row["label"]: {key: value for key, value in row.items() if key != "in_space"} for row in rows}
 
 
 def trained(workspace: Path) -> dict[str, str]:
@@ -135,4 +136,5 @@ def test_kill_9_of_the_driver_a_worker_and_a_trials_driver_changes_nothing(quiet
     assert wider["t004"]["params"] == {"mixture.gamma": 0.4, "corrective.input_perturbation": 0}
     assert {label: row for label, row in wider.items() if label != "t004"} == told(answer)
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert [row["label"] for row in more.answer()["trials"] if not row["in_space"]] == ["t001", "t003"]
     assert more.answer()["sweep"] == answer["sweep"]
