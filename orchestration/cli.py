@@ -282,16 +282,6 @@ def _measured_arm(experiment: Experiment, arm: str) -> str:
     return f"slow-flow/{arm}"
 
 
-def _check_sweep(experiment: Experiment, confirmed: bool) -> None:
-    """Refuses a space that holds no valid run, or one that could not be confirmed."""
-    from orchestration.confirm import check_best
-    from orchestration.trials import check_space
-
-    check_space(experiment)
-    if confirmed:
-        check_best(experiment)
-
-
 def _sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     from orchestration import mlflow_server
     from orchestration.confirm import confirm, write_best
@@ -300,16 +290,15 @@ def _sweep(arguments: argparse.Namespace) -> dict[str, Any]:
     from orchestration.sweep import run_sweep
 
     experiment = load(arguments.experiment, arguments.overrides, spaces=arguments.space)
-    _check_sweep(experiment, arguments.confirm)
     place = open_place()
     outcome = run_sweep(experiment, place, resume=arguments.resume)
-    if outcome["best"]:
-        outcome["best_experiment"] = write_best(experiment, outcome, place)
     if not arguments.json:
         print(outcome["table"])
-        print(f"figure:  {outcome['figure']}")
-        if outcome["best"]:
-            print(f"best:    {outcome['best_experiment']}, an experiment whose arm best has its parameters", flush=True)
+        print(f"figure:  {outcome['figure']}", flush=True)
+    if outcome["best"]:
+        outcome["best_file"] = write_best(experiment, outcome, place)
+        if not arguments.json:
+            print(f"best:    {outcome['best_file']}, an experiment whose arm best has its parameters", flush=True)
     if arguments.confirm and outcome["best"]:
         outcome["confirmed"] = confirm(experiment, outcome, place)
     if not arguments.json:
@@ -502,6 +491,7 @@ def _replay(arguments: argparse.Namespace) -> dict[str, Any]:
 def _submit(arguments: argparse.Namespace) -> dict[str, Any]:
     from orchestration.recipe import load
     from orchestration.submit import check_verb, refuse_secrets, submit
+    from orchestration.trials import check_space
 
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     check_verb(command)
@@ -510,7 +500,7 @@ def _submit(arguments: argparse.Namespace) -> dict[str, Any]:
     if its.verb in (*STAGE_VERBS, "sweep"):  # what is wrong in the words is said here, not by a job minutes later
         experiment = load(its.experiment, [*its.overrides, *_checkpoint(its)], getattr(its, "space", ()))
         if its.verb == "sweep":
-            _check_sweep(experiment, its.confirm)
+            check_space(experiment)
     answer = submit(command, arguments.address, dry_run=arguments.dry_run, as_json=arguments.json)
     if arguments.dry_run and not arguments.json:
         print(answer["command"])

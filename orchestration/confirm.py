@@ -16,8 +16,7 @@ from orchestration.recipe import validated
 from orchestration.recording import DRAIN_S
 from orchestration.results import format_interval, summarise
 from orchestration.run import Place, run_experiment
-from orchestration.space import samples_of
-from orchestration.trials import MATCHED, STANDARD, put_params, sweep_of
+from orchestration.trials import MATCHED, STANDARD, put_params
 from orchestration.workflow import Workspace
 
 BEST = "best"
@@ -43,16 +42,6 @@ def best_experiment(experiment: Experiment, params: Mapping[str, Any]) -> Experi
         del raw["arms"][MATCHED]
         found = validated(raw["name"], raw)
     return found
-
-
-def check_best(experiment: Experiment) -> None:
-    """Refuses a space with a point that could not be run again as the best.
-
-    Raises:
-        ValueError: naming the point.
-    """
-    for point in samples_of(sweep_of(experiment).laws):
-        best_experiment(experiment, point)
 
 
 def write_best(experiment: Experiment, answer: Mapping[str, Any], place: Place) -> str:

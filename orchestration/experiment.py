@@ -26,6 +26,8 @@ from workers.models.sd3 import SD3Config
 
 LEAST_HELD_OUT = 100  # a covariance of 64 features needs more images than features
 
+SEARCH_PAIR = -1  # whose seeds a sweep's trials have, and no run of an experiment
+
 
 class Experiment(Frozen):
     """A comparison, complete.
@@ -227,6 +229,11 @@ class Experiment(Frozen):
             raise ValueError(
                 f"sweep.objective must be one of the metrics {metrics} and one of the cells {list(cells)} joined by "
                 f"'/', got {self.objective!r}; name one of them"
+            )
+        if cell in self.evaluation.first_base_only:
+            raise ValueError(
+                f"sweep.objective must be of a cell that every base has, got {self.objective!r}, which "
+                "evaluation.first_base_only names; name another, or take it out there"
             )
         if self.training.sharded and cells[cell].method == "dopri5":
             raise ValueError(

@@ -193,7 +193,7 @@ def mlflow_client(uri: str) -> Any:
     defaults = {
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
         "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
-        # By default it fetches from the server's own store, at an address that is perhaps the server's alone.
+        # Where the server offers it, it would fetch from the server's store, at an address that is perhaps not ours.
         "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # "View run ..." for each run that ends

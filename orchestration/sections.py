@@ -233,7 +233,8 @@ class Sweep(Frozen):
             `choice(a,b,...)` or `grid(a,b,...)`.
         search: `random`, `grid` or `optuna` (TPE); the grid where the space has grids, else random.
         scheduler: `fifo`, every trial to its end, or `asha`, which stops trials whose objective lags behind.
-        num_trials: in all, besides the controls; 8, or the whole grid. A sweep that is done goes on when it is raised.
+        num_trials: in all, besides the controls; 8, or the whole grid; fewer where the space has fewer points. A sweep
+            that is done goes on when it is raised.
         objective: `<metric>/<sampler><steps>/s<scale>`, measured of the averaged weights; `evaluation.primary` if not
             given.
         num_samples: images that it is measured with, from fixed noise; those of `evaluation` if not given.
@@ -258,8 +259,8 @@ class Sweep(Frozen):
     def _no_pbt(cls, scheduler: Any) -> Any:
         if str(scheduler).lower() in ("pbt", "population", "population_based"):
             raise ValueError(
-                "scheduler must be fifo or asha, got 'pbt'; Ray Tune's population based training does nothing for "
-                "trials that are Ray Train runs, which hand Tune no checkpoint"
+                f"scheduler must be fifo or asha, got {scheduler!r}; Ray Tune's population based training does nothing "
+                "for trials that are Ray Train runs, which hand Tune no checkpoint"
             )
         return scheduler
 

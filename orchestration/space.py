@@ -9,7 +9,7 @@ import hashlib
 import math
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import count, product
 from typing import Any, Literal
@@ -165,6 +165,13 @@ def is_finite(laws: Mapping[str, Law]) -> bool:
     return bool(laws) and all(law.points is not None for law in laws.values())
 
 
+def is_exhausted(laws: Mapping[str, Law], tried: Iterable[Params]) -> bool:
+    """Whether a space of points has none that was not tried."""
+    if not is_finite(laws):
+        return False
+    return len({tuple(params[key] for key in laws) for params in tried if holds(laws, params)}) >= grid_size(laws)
+
+
 def grid_size(laws: Mapping[str, Law]) -> int:
     """Points of the grid of finite laws."""
     return math.prod(len(law.points or ()) for law in laws.values())
@@ -193,19 +200,20 @@ def suggest(
         laws: by key.
         search: `grid` goes on with the first point that was not tried; `random` depends on seed and number, and draws
             again what was tried; `optuna` asks its TPE sampler, told of what was finished or pruned, in the order of
-            the numbers, so that with several trials at once it depends on which had ended.
+            the numbers, so that with several trials at once it depends on which had ended; what it asks for again is
+            drawn at random instead.
         seed: of the sweep.
         number: of the trial, from 0.
         tried: every trial that was begun.
         lower_is_better: of the objective.
     """
     if search == "grid":
-        begun = [dict(trial.params) for trial in tried]
+        begun = [dict(trial.params) for trial in tried if holds(laws, trial.params)]
         points = product(*(law.points or () for law in laws.values()))
         return next((point for p in points if (point := dict(zip(laws, p, strict=True))) not in begun), None)
     # Trials share seed and noise: of a space of points, one that was tried would say the same again.
     begun = [dict(trial.params) for trial in tried if holds(laws, trial.params)] if is_finite(laws) else []
-    if begun and len({tuple(params[key] for key in laws) for params in begun}) >= grid_size(laws):
+    if is_exhausted(laws, begun):
         return None
     found = _ask_optuna(laws, seed, number, tried, lower_is_better) if search == "optuna" else None
     draws = (f"{number}/{again}" if again else f"{number}" for again in count())

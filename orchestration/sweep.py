@@ -28,7 +28,7 @@ from orchestration.launch import ControllerDiedError, DivergedError, RunFailedEr
 from orchestration.ledger import Entry, Ledger
 from orchestration.progress import Progress
 from orchestration.run import Place, delivered, join_cluster, open_reporter, run_experiment
-from orchestration.space import suggest
+from orchestration.space import is_exhausted, suggest
 from orchestration.storage import open_storage
 from orchestration.sweep_report import SweepRecorder, SweepWorkspace, budget, conclude, history_of
 from orchestration.trials import CONTROLS, MATCHED, check_space, grace_of, label_of, sweep_of, trial_experiment
@@ -129,7 +129,7 @@ def _work_left(experiment: Experiment, ledger: Ledger, record: str) -> bool:
         return True
     before = (json.loads(ledger.storage.read(record)).get("sweep") or {}).get("space")
     sweep = sweep_of(experiment)
-    if before != dict(sweep.space):
+    if before != dict(sweep.space) and not is_exhausted(sweep.laws, (entry.params for entry in ledger.trials)):
         raise ValueError(
             f"sweep.num_trials must be above the {len(ledger.within(sweep.laws))} trials that lie in the changed space "
             f"already, got {sweep.most_trials}; raise it"

@@ -117,7 +117,7 @@ class SweepRecorder(Recorder):
         workspace = self.workspace_of(entry)
         stage = workspace.stages[f"trials/{entry.label}"]
         kind = "control" if entry.is_control else "trial"
-        tags = {"mixflow.kind": kind, "mixflow.arm": entry.label, "mixflow.replicate": "0"}
+        tags = {"mixflow.kind": kind, "mixflow.arm": entry.label}
         tags["mixflow.checkpoints"] = f"{workspace.storage.uri}/{workspace.checkpoints(stage.name)}"
         params = {"arm": entry.label, **stage.settings["run"]}
         self.tell("start_run", stage.name, entry.label, params, tags, EXPERIMENT)
@@ -191,13 +191,24 @@ def summary_of(experiment: Experiment, ledger: Ledger) -> dict[str, Any]:
     flattered. `--confirm` compares it again, with replicates.
     """
     controls = {e.label: e.objective for e in ledger.controls if e.state == "finished" and e.objective is not None}
+    present = {entry.label for entry in ledger.within(sweep_of(experiment).laws)}  # of the space as it is now
+    of_matched = trial_experiment(experiment, MATCHED, {})
 
-    laws = sweep_of(experiment).laws
-    present = {entry.label for entry in ledger.within(laws)}  # of the space as it is now
+    def own(entry: Entry) -> list[str]:
+        """The controls that it may be held against."""
+        if entry.is_control:
+            return list(controls)
+        its = trial_experiment(experiment, entry.label, entry.params)
+        if its.training != of_matched.training:
+            return []
+        law, remedy = its.mixture_of(entry.label), its.arms[entry.label].corrective
+        control = replace(of_matched.mixture_of(MATCHED), condition_on=law.condition_on)
+        alike = law == control and remedy == of_matched.arms[MATCHED].corrective
+        return [name for name in controls if name != MATCHED or alike]
 
     def row(entry: Entry) -> dict[str, Any]:
         value = entry.objective if entry.state == "finished" else None
-        others = {name: v for name, v in controls.items() if name != MATCHED or _is_matched(experiment, entry)}
+        gaps = {} if value is None else {name: value - controls[name] for name in own(entry) if name in controls}
         return {
             "label": entry.label,
             "params": entry.params,
@@ -206,7 +217,7 @@ def summary_of(experiment: Experiment, ledger: Ledger) -> dict[str, Any]:
             "objective": entry.objective,
             "history": entry.history,
             "reason": entry.reason,
-            "differences": {} if value is None else {name: value - other for name, other in others.items()},
+            "differences": gaps,
             "in_space": entry.is_control or entry.label in present,
         }
 
@@ -218,24 +229,12 @@ def summary_of(experiment: Experiment, ledger: Ledger) -> dict[str, Any]:
         "objective": experiment.objective,
         "lower_is_better": lower,
         "note": "differences are of one training seed and have no interval, and the best of many is flattered; the "
-        "controls have the file's own settings, so a difference to matched stands only where a trial has its mixture "
-        "and training: --confirm runs the best beside its own",
+        "controls have the file's own settings, so a difference stands only where a trial is trained alike, and to "
+        "matched where it has its mixture and remedies: --confirm runs the best beside its own",
         "controls": [row(entry) for entry in ledger.controls],
         "trials": trials,
         "best": best,
     }
-
-
-def _is_matched(experiment: Experiment, entry: Entry) -> bool:
-    """Whether the matched control is this trial's own: of the same law of times, and trained alike otherwise."""
-    if entry.is_control:
-        return True
-    if entry.refused:
-        return False
-    mine, its = (trial_experiment(experiment, e, p) for e, p in ((entry.label, entry.params), (MATCHED, {})))
-    law = replace(mine.mixture_of(entry.label), condition_on="m")
-    alike = mine.arms[entry.label].corrective == its.arms[MATCHED].corrective and mine.training == its.training
-    return alike and law == its.mixture_of(MATCHED)
 
 
 def table_of(answer: Mapping[str, Any], keys: Sequence[str]) -> str:

@@ -426,7 +426,9 @@ class _Sender:
         run = self._run(event["run"])
         self._find(run.key)  # removes a second run that a delayed request may have made meanwhile
         before, status = run.ended, event["status"]
-        time_ms = before[1] if before and before[0] == status else event["time"]  # told again, it ended when it did
+        time_ms = (
+            before[1] if before and before[0] == status else event["time"]
+        )  # told again, it ended when it did (also after --force: no step is new)
         self._call(f"end {run.key}", self._client.set_terminated, run.run_id, status, time_ms)
         del self._runs[run.key]  # its steps need not stay in memory
 

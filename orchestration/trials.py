@@ -8,7 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from mixflow_core.ema import warm_decay
-from orchestration.experiment import Experiment
+from orchestration.experiment import SEARCH_PAIR, Experiment
 from orchestration.recipe import put, validated
 from orchestration.sections import Sweep
 from orchestration.space import samples_of
@@ -98,4 +98,5 @@ def sweep_of(experiment: Experiment) -> Sweep:
 def sweep_identity(experiment: Experiment) -> str:
     """Hash of what all trials share: a sweep with a wider space, more trials or another search is the same sweep."""
     shared = experiment.model_dump(mode="json", exclude=UNREAD | {"sweep"})
+    shared["pair"] = SEARCH_PAIR
     return canonical_hash({**shared, "sweep": sweep_of(experiment).model_dump(mode="json", exclude=SCHEDULING)})[:12]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mixflow_core.samplers import Sampler
-from orchestration.experiment import Experiment, derived_seed
+from orchestration.experiment import SEARCH_PAIR, Experiment, derived_seed
 from orchestration.lease import Lease, hold
 from orchestration.parts import Parts, parts_of
 from orchestration.storage import Storage, join, open_storage
@@ -193,13 +193,10 @@ def _sample_stage(e: Experiment, arm: str, pair: int) -> Stage:
     return Stage(f"samples/{arm}/{pair}", settings, (*_weights_of(e, arm, pair), *beside))
 
 
-SEARCH = -1  # the number of the trials' seeds, which no pair of an experiment has
-
-
 def trial_stage(e: Experiment, arm: str) -> Stage:
-    """A trial of a sweep: a run of the arm, and the objective on fixed noise while it trains.
+    """A trial of a sweep: the arm's training with the search's seeds, and the objective on fixed noise on the way.
 
-    Its seeds are the search's own, so that an experiment with the parameters that it found is no repetition of it.
+    An experiment with the parameters that it found is therefore no repetition of it.
     """
     assert e.sweep, "only a sweep has trials"
     metric, _, cell = e.objective.partition("/")
@@ -209,9 +206,9 @@ def trial_stage(e: Experiment, arm: str) -> Stage:
         **{key: value for key, value in sampling.items() if key != "run"},
         "samplers": [asdict(sampler)],
         "num_samples": e.sweep.num_samples or e.evaluation.num_samples,
-        "seed": e.sampling_seed(SEARCH),
+        "seed": e.sampling_seed(SEARCH_PAIR),
     }
-    run = e.arm_run(arm, 0).model_copy(update={"seed": derived_seed(e.seed, "training", SEARCH)})
+    run = e.arm_run(arm, 0).model_copy(update={"seed": derived_seed(e.seed, "training", SEARCH_PAIR)})
     return Stage(
         f"trials/{arm}",
         {

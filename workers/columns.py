@@ -49,8 +49,8 @@ def from_column(table: pa.Table, name: str, about: Mapping[str, Any]) -> np.ndar
         ValueError: `about` is no shape and type of numbers, or the column's rows are missing or of another size.
     """
     column, dtype, shape = table[name], np.dtype(str(about["dtype"])), tuple(about["shape"])
-    if dtype.kind not in "uif":
-        raise ValueError(f"{name} must be of integers or floating point numbers, got {dtype}")
+    if dtype.kind not in "uif" or dtype.itemsize > 8 or not dtype.isnative:
+        raise ValueError(f"{name} must be of native integers or floating point numbers of at most 8 bytes, got {dtype}")
     if not all(type(side) is int and side >= 1 for side in shape):
         raise ValueError(f"{name} must have sides of 1 or more, got {shape}")
     width, kind = dtype.itemsize * math.prod(shape), column.type

@@ -247,18 +247,19 @@ def _read_shard(path: Path) -> tuple[ImageSet, int]:
         if version == SCHEMA_VERSION:
             if type(num_classes) is not int or not 1 <= num_classes <= MOST_CLASSES:
                 raise ValueError(f"num_classes must be an integer from 1 to {MOST_CLASSES}, got {num_classes!r:.40}")
-            columns = about["columns"]
+            columns, codec = about["columns"], about["codec"]
+            if not isinstance(columns, dict) or "image" not in columns:
+                raise ValueError(f"columns must be a map with image, got {columns!r:.80}")
+            if codec is not None and not (isinstance(codec, dict) and isinstance(codec.get("kind"), str)):
+                raise ValueError(f"codec must be null or have a kind, got {codec!r:.80}")
             values = {name: from_column(table, name, column) for name, column in columns.items()}
             for name, axes in AXES.items():
-                if (name in values or name == "image") and values[name].ndim != len(axes):
+                if name in values and values[name].ndim != len(axes):
                     raise ValueError(f"{name} must have the axes {axes}, got {values[name].shape}")
-            codec = about["codec"]
-            if codec is not None and not isinstance(codec["kind"], str):
-                raise ValueError(f"codec must be null or have a kind, got {codec!r:.80}")
             if not pa.types.is_integer(table["label"].type):
                 raise TypeError(f"label must be a column of integers, got {table['label'].type}")
             labels = table["label"].cast(pa.int64()).fill_null(-1).to_numpy()  # a missing label is none of the classes
-    except (OSError, pa.ArrowException, AttributeError, KeyError, TypeError, ValueError) as error:
+    except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"data shard {path} must be a Parquet file of this project's schema; {error}") from error
     if version != SCHEMA_VERSION:
         raise ValueError(f"data shard {path} must have schema version {SCHEMA_VERSION}, got {version}; write it anew")

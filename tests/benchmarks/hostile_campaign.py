@@ -379,7 +379,7 @@ def a_shard_that_unpacks_to_more_than_may_be(place: Path, numbers: random.Random
 @kind
 def a_shard_that_says_absurd_things_of_itself(place: Path, numbers: random.Random) -> Callable[[], Any]:
     shape = numbers.choice([[2**40], [1, 8, -8], [], ["x"], None, [8.5], [0, 8, 8], [64], [1, 64], [1, 8, 8]])
-    dtype = numbers.choice(["O", "V64", "uint8", "M8[s]", "U16", "no", None, "f8,f8"])
+    dtype = numbers.choice(["O", "V64", "uint8", "M8[s]", "U16", "no", None, "f8,f8", ">f4", "g"])
     columns = numbers.choice([{"image": {"shape": shape, "dtype": dtype}}] * 4 + [{}, ["image"]])
     about: Any = {"schema_version": 3, "num_classes": numbers.choice([10, -1, 10**18, "x", None, 0]),
                   "codec": numbers.choice([None, None, None, 3, {}, {"kind": []}]), "columns": columns}  # fmt: skip

@@ -118,7 +118,7 @@ def trial_rank(
         with (directory / f"rungs-{rank}").open("a") as file:
             file.write(f"{step} {value!r}\n")
 
-    workflow.SEARCH = 0  # the seeds of an arm's first pair, against which the trial is held
+    workflow.SEARCH_PAIR = 0  # the seeds of an arm's first pair, against which the trial is held
     experiment = trial_experiment(load("quickstart", overrides), "t000", params)
     workspace = Workspace(experiment, open_storage(str(directory / "ws")), "t000")
     site = Site(workspace, rank, world_size, torch.device("cpu"), directory / "cache", lambda *told: None, rung)

@@ -9,7 +9,7 @@ from mlflow import MlflowClient
 from ray.tune.search import Searcher
 
 from orchestration import cluster, sweep
-from orchestration.confirm import best_experiment, check_best, write_best
+from orchestration.confirm import best_experiment, write_best
 from orchestration.experiment import Experiment
 from orchestration.figures import sweep_plot
 from orchestration.ledger import Entry, Ledger
@@ -258,7 +258,6 @@ def test_the_best_again_beside_its_own_controls():
     elsewhere = best_experiment(swept("{objective: fd_digits/euler4/s1}"), {})
     assert elsewhere.evaluation.primary == "fd_digits/euler4/s1", "it is judged where it was searched"
     assert list(best_experiment(swept("{}"), {"mixture.gamma": 0}).arms) == ["standard", "best"], "no twin of itself"
-    check_best(swept("{space: {mixture.slowing_law: 'choice(interval,independent)'}}"))
 
 
 def test_the_best_is_a_file_that_can_be_run(storage, tmp_path):
@@ -287,6 +286,17 @@ def test_matched_is_the_control_of_trials_of_its_own_mixture(storage):
         (0.8, "m"): ["standard", "matched"],
         (0.8, "t"): ["standard", "matched"],
     }
+
+
+def test_a_narrowed_space_whose_points_were_all_tried_is_done(storage):
+    ledger = Ledger(storage, HOME)
+    whole = swept("{space: {mixture.gamma: 'choice(0.2,0.4,0.8)'}}")
+    drain(whole, ledger)
+    for entry in list(ledger.entries.values()):
+        ended(ledger, entry.label, "finished", (1000, 6.0))
+    storage.put(f"{HOME}/experiment.json", whole.model_dump_json().encode())
+    narrowed = swept("{space: {mixture.gamma: 'choice(0.2,0.4)'}}")
+    assert not sweep._work_left(narrowed, ledger, f"{HOME}/experiment.json")
 
 
 def test_matched_is_no_control_of_a_trial_with_another_remedy(storage):

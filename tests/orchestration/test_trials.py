@@ -122,7 +122,7 @@ def test_a_sweep_is_known_by_what_its_trials_share():
 def seeds_of_an_arm() -> Iterator[None]:
     """Trials with the seeds of an arm's first pair, against which they are held."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(workflow, "SEARCH", 0)
+        patch.setattr(workflow, "SEARCH_PAIR", 0)
         yield
 
 

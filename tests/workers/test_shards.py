@@ -224,6 +224,10 @@ BAD = {
     ),
     "two axes": (lambda: table_of(latents(20), {**ABOUT, "columns": {"image": {**IMAGE, "shape": [64]}}}), ["NCHW"]),
     "objects": (lambda: table_of(latents(20), {**ABOUT, "columns": {"image": {**IMAGE, "dtype": "O"}}}), ["numbers"]),
+    "another byte order": (
+        lambda: table_of(latents(20), {**ABOUT, "columns": {"image": {**IMAGE, "dtype": ">f4"}}}),
+        ["image", "native"],
+    ),
     "no side": (lambda: table_of(latents(20), {**ABOUT, "columns": {"image": {**IMAGE, "shape": [0]}}}), ["sides"]),
     "no columns": (lambda: table_of(latents(20), {**ABOUT, "columns": ["image"]}), ["schema"]),
     "no image column": (lambda: table_of(latents(20), {**ABOUT, "columns": {}}), ["schema", "image"]),
