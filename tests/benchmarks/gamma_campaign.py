@@ -190,12 +190,12 @@ def rank_correlation(x: Sequence[float], y: Sequence[float]) -> tuple[float, flo
     """Spearman's rank correlation with its 95 % bootstrap interval over the settings; None where one is constant."""
     if len(set(x)) < 2 or len(set(y)) < 2:
         return None
-    numbers, draws = np.random.default_rng(0), []
-    for _ in range(2000):
-        rows = numbers.integers(len(x), size=len(x))
-        a, b = np.asarray(x)[rows], np.asarray(y)[rows]
-        if len(set(a)) > 1 and len(set(b)) > 1:
-            draws.append(stats.spearmanr(a, b).statistic)
+    numbers = np.random.default_rng(0)
+    rows = np.stack([numbers.integers(len(x), size=len(x)) for _ in range(2000)])
+    ranks = [stats.rankdata(np.asarray(values)[rows], axis=1) for values in (x, y)]
+    a, b = (values - values.mean(1, keepdims=True) for values in ranks)
+    size = np.sqrt((a**2).sum(1) * (b**2).sum(1))
+    draws = (a * b).sum(1)[size > 0] / size[size > 0]  # where one is constant there is no correlation
     low, high = np.quantile(draws, (0.025, 0.975))
     return float(stats.spearmanr(x, y).statistic), float(low), float(high)
 
