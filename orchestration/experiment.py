@@ -321,7 +321,7 @@ class Experiment(Frozen):
 
     def arm_run(self, arm: str, pair: int) -> RunConfig:
         """One run of an arm; data order, times, noise and dropout depend on the pair alone."""
-        run = self._run(self.mixture_of(arm), self.training, derived_seed(self.seed, "training", pair))
+        run = self._run(self.mixture_of(arm), self.training, self.training_seed(pair))
         return run.model_copy(update={"corrective": self.arms[arm].corrective})
 
     def sampling_run(self) -> RunConfig:
@@ -337,6 +337,10 @@ class Experiment(Frozen):
             Sampler("sde", 8, start=start, end=0.96, last_step="none"),
         )
         return self.evaluation.slow_flow_samplers or ours
+
+    def training_seed(self, pair: int) -> int:
+        """Of a pair's training, the same in every arm."""
+        return derived_seed(self.seed, "training", pair)
 
     def sampling_seed(self, pair: int) -> int:
         """Seed of the starting noise of a pair, the same in every arm."""

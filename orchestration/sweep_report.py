@@ -208,7 +208,7 @@ def summary_of(experiment: Experiment, ledger: Ledger) -> dict[str, Any]:
 
     def row(entry: Entry) -> dict[str, Any]:
         value = entry.objective if entry.state == "finished" else None
-        gaps = {} if value is None else {name: value - controls[name] for name in own(entry) if name in controls}
+        gaps = {} if value is None else {name: value - controls[name] for name in own(entry)}
         return {
             "label": entry.label,
             "params": entry.params,

@@ -425,10 +425,9 @@ class _Sender:
     def _end(self, event: Event) -> None:
         run = self._run(event["run"])
         self._find(run.key)  # removes a second run that a delayed request may have made meanwhile
-        before, status = run.ended, event["status"]
-        time_ms = (
-            before[1] if before and before[0] == status else event["time"]
-        )  # told again, it ended when it did (also after --force: no step is new)
+        status, time_ms = event["status"], event["time"]
+        if run.ended and run.ended[0] == status:  # told again, also after --force, where no step is new
+            time_ms = run.ended[1]
         self._call(f"end {run.key}", self._client.set_terminated, run.run_id, status, time_ms)
         del self._runs[run.key]  # its steps need not stay in memory
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mixflow_core.samplers import Sampler
-from orchestration.experiment import SEARCH_PAIR, Experiment, derived_seed
+from orchestration.experiment import SEARCH_PAIR, Experiment
 from orchestration.lease import Lease, hold
 from orchestration.parts import Parts, parts_of
 from orchestration.storage import Storage, join, open_storage
@@ -208,7 +208,7 @@ def trial_stage(e: Experiment, arm: str) -> Stage:
         "num_samples": e.sweep.num_samples or e.evaluation.num_samples,
         "seed": e.sampling_seed(SEARCH_PAIR),
     }
-    run = e.arm_run(arm, 0).model_copy(update={"seed": derived_seed(e.seed, "training", SEARCH_PAIR)})
+    run = e.arm_run(arm, 0).model_copy(update={"seed": e.training_seed(SEARCH_PAIR)})
     return Stage(
         f"trials/{arm}",
         {

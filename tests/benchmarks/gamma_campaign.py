@@ -241,9 +241,10 @@ def table(entries: Sequence[Mapping[str, Any]]) -> str:
     for name, x in known.items():
         cells = " | ".join(_correlation(rank_correlation(x, y)) for y in wanted.values())
         lines.append(f"| {name} | {min(x):.3f} to {max(x):.3f} | {cells} |")
-    lucky = [f"{luck(list(known.values()), y):.2f}" if len(set(y)) > 1 else "" for y in wanted.values()]
-    lines.append(f"| the largest of {len(known)} by luck, 95 % | | {' | '.join(lucky)} |")
-    share = power(len(entries), max(luck(list(known.values()), y) for y in wanted.values()), 0.9)
+    lucky = [luck(list(known.values()), y) if len(set(y)) > 1 else None for y in wanted.values()]
+    shown = ["" if value is None else f"{value:.2f}" for value in lucky]
+    lines.append(f"| the largest of {len(known)} by luck, 95 % | | {' | '.join(shown)} |")
+    share = power(len(entries), max(value for value in lucky if value is not None), 0.9)
     lines += ["", f"A predictor of correlation .9 would be found in {share:.0%} of draws of {len(entries)} settings."]
     return "\n".join(lines)
 
@@ -271,7 +272,7 @@ def to_predict(entries: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
 def findings(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The tables in short, as reports show them: each setting, and the largest correlation beside what luck reaches.
 
-    Numbers have 4 decimals, so that another processor finds the same.
+    Numbers have 6 decimals, so that another processor finds the same.
     """
     known = known_before(entries)
     return {
@@ -285,8 +286,8 @@ def findings(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "correlations": [
             {
                 "of": name,
-                "largest": round(max(abs(float(stats.spearmanr(x, y).statistic)) for x in known.values()), 4),
-                "luck": round(luck(list(known.values()), y), 4),
+                "largest": round(max(abs(float(stats.spearmanr(x, y).statistic)) for x in known.values()), 6),
+                "luck": round(luck(list(known.values()), y), 6),
             }
             for name, y in to_predict(entries).items()
         ],
@@ -294,7 +295,7 @@ def findings(entries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _short(found: Mapping[str, Any]) -> dict[str, Any]:
-    return {"best": found["best"], "matched": [round(value, 4) for value in found["matched"]]}
+    return {"best": found["best"], "matched": [round(value, 6) for value in found["matched"]]}
 
 
 def short_table(found: Mapping[str, Any]) -> str:

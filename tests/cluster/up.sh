@@ -4,7 +4,8 @@
 #   tests/cluster/up.sh DIR      DIR keeps the base, the socket and the logs; minutes the first time
 #   tests/cluster/down.sh DIR    ends it, with its volumes
 # Needs: apt-get install podman buildah debootstrap runc netavark aardvark-dns catatonit iptables; PIP_CONF names a
-# pip.conf for the build and WHEELS a directory of wheels that it may name, where pip needs them; TORCH_INDEX as in docker/Dockerfile.
+# pip.conf for the build and WHEELS a directory of wheels that it may name, where pip needs them; TORCH_INDEX as in
+# docker/Dockerfile.
 set -euo pipefail
 DIR=$(mkdir -p "${1:?a directory}" && cd "$1" && pwd)
 cd "$(dirname "$0")/../.."
