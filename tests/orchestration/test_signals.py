@@ -21,7 +21,7 @@ SETTINGS = small(
     cluster__hang_timeout_s=10,
     cluster__max_failures=1,
 )
-IN_AN_ARM = re.compile(rf"arms/\S+ step (\d+)/{STEPS}")
+IN_AN_ARM = re.compile(rf"arms/(\S+) step (\d+)/{STEPS}")
 
 
 @pytest.fixture(scope="module")
@@ -31,11 +31,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home / "ws"
 
 
-def _in_an_arm(run: Run, done: int) -> bool:
-    """Whether it is in the middle of an arm, as many arms being finished."""
+def _amid(run: Run, arm: str) -> bool:
+    """Whether its last line is of the middle of this arm: an earlier arm's stands there until this one has a line."""
     lines = IN_AN_ARM.findall(run.err.read_text())
-    finished = len(list((run.err.parent / "ws").glob("arms/*/manifest.json")))
-    return finished == done and bool(lines) and 0 < int(lines[-1]) < STEPS - 100
+    return bool(lines) and lines[-1][0] == arm and 0 < int(lines[-1][1]) < STEPS - 100
 
 
 def _kept(workspace: Path) -> list[int]:
@@ -49,21 +48,21 @@ def test_sigterm_keeps_the_last_step_and_a_hung_worker_is_found(undisturbed: Pat
     run = Run(command, tmp_path, environment)
 
     # A node that is taken away ends its processes: all ranks stop after one step, which is no failure.
-    run.until(lambda: _in_an_arm(run, 0), "the middle of the first arm")
+    run.until(lambda: _amid(run, "standard/0"), "the middle of the first arm")
     run.find("RayTrainWorker")[-1].send_signal(signal.SIGTERM)
     run.until(lambda: "a worker was asked to end, all stopped after step" in run.said(), "the group stops")
     step = int(re.findall(r"all stopped after step (\d+), whose state is kept", run.said())[-1])
     assert step in _kept(workspace)
 
     # A worker that hangs: its stack is shown, and the group starts again.
-    run.until(lambda: _in_an_arm(run, 1), "the middle of the second arm")
+    run.until(lambda: _amid(run, "mixflow/0"), "the middle of the second arm")
     run.find("RayTrainWorker")[0].send_signal(signal.SIGSTOP)
     run.until(lambda: "post_train (" in run.err.read_text(), "the hung worker is found, and its stack shown", 60)
     said = run.err.read_text()
     assert re.search(r"worker [01] on \S+, pid \d+ has been silent for 1\d s and was killed; it was at", said)
 
     # The driver is asked to end.
-    run.until(lambda: _in_an_arm(run, 2), "the middle of the third arm")
+    run.until(lambda: _amid(run, "matched/0"), "the middle of the third arm")
     run.process.send_signal(signal.SIGTERM)
     assert run.wait(60) == 1
     last = run.said().strip().splitlines()[-1]
@@ -92,7 +91,7 @@ def test_sigterm_to_a_node_moves_its_worker_after_a_checkpoint(undisturbed: Path
     with ray_head("nodes", tmp_path / "head.log", cpus=0, **token) as head, ExitStack() as stack:
         nodes = [stack.enter_context(ray_node(head, log)) for _ in range(3)]
         run = Run(command, tmp_path, {"MIXFLOW_WORKSPACE": str(workspace), "RAY_ADDRESS": head["GCS"], **token})
-        run.until(lambda: _in_an_arm(run, 0), "the middle of the first arm", 400)
+        run.until(lambda: _amid(run, "standard/0"), "the middle of the first arm", 400)
         node = next(n for n in nodes if any("RayTrainWorker" in p.cmdline()[0] for p in n.children(recursive=True)))
         node.send_signal(signal.SIGTERM)
         run.until(lambda: "a worker was asked to end, all stopped after step" in run.said(), "the group stops")
