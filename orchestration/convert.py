@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import tempfile
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +20,7 @@ from orchestration.run import Place
 from orchestration.wording import one_line
 from orchestration.workflow import Workspace
 from workers.adm import write_samples
+from workers.disk import scratch_directory
 from workers.manifest import measure
 from workers.models.checkpoints import family_of, infer_config, load_weights, save_weights
 from workers.models.mismatch import check_architecture
@@ -239,8 +239,8 @@ def _weights(workspace: Workspace, stage: str) -> dict[str, Any]:
     artifact = workspace.artifact(stage)
     if artifact is None:
         raise ValueError(f"{stage} must be done before it is exported; run `mixflow train` with the same --set")
-    with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch:
-        return load_weights(artifact.fetch(Path(scratch)) / "weights.safetensors")
+    with scratch_directory() as scratch:
+        return load_weights(artifact.fetch(scratch) / "weights.safetensors")
 
 
 def _check_target(target: Path, *, directory: bool = False, endings: tuple[str, ...] = FILES) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import tempfile
 import time
 import warnings
 import zlib
@@ -23,6 +22,7 @@ from orchestration.parts import Parts, parts_of
 from orchestration.storage import Storage
 from workers.codecs import CodecConfig
 from workers.data import Split
+from workers.disk import scratch_directory
 from workers.encode import TRANSFORM, Encoder, Images, Plan, Recipe, Shard, plan_encoding
 from workers.manifest import Manifest, canonical_hash
 from workers.shards import Statistics, captions_path, shard_path, write_statistics
@@ -251,10 +251,10 @@ def _commit(plan: Plan, parts: Parts, found: Mapping[str, Any], meta: Mapping[st
         raise ValueError(
             f"data.images.source must have a readable image for each split, got none for {empty}; mend the images"
         )
-    with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch:
-        write_statistics(statistics, Path(scratch))
-        Path(scratch, "unreadable.json").write_text(json.dumps(_unreadable(plan, found), indent=1))
-        return parts.commit(found, Path(scratch), meta)
+    with scratch_directory() as scratch:
+        write_statistics(statistics, scratch)
+        (scratch / "unreadable.json").write_text(json.dumps(_unreadable(plan, found), indent=1))
+        return parts.commit(found, scratch, meta)
 
 
 def _statistics(record: Mapping[str, Any]) -> Statistics:
@@ -297,9 +297,9 @@ class Worker:
         record, why_again = self.task.parts.finished(name, digest, may_be_empty=True)
         if record is not None:
             return {"name": name, "record": record, "is_new": False, "why_again": ""}
-        with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch:
-            about = self._encode(piece, Path(scratch))
-            record = self.task.parts.keep(name, digest, Path(scratch, name), about)
+        with scratch_directory() as scratch:
+            about = self._encode(piece, scratch)
+            record = self.task.parts.keep(name, digest, scratch / name, about)
         return {"name": name, "record": record, "is_new": True, "why_again": why_again}
 
     def _encode(self, piece: Mapping[str, Any], directory: Path) -> dict[str, Any]:

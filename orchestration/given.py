@@ -18,7 +18,7 @@ from orchestration.launch import cache_directory
 from orchestration.retry import PATIENT, GaveUpError, Patience
 from orchestration.storage import Storage, open_storage
 from workers.codecs import CodecConfig, directory_hash
-from workers.disk import NoRoomError
+from workers.disk import NoRoomError, scratch_directory
 from workers.encode import Images
 from workers.extractors import ExtractorConfig
 from workers.manifest import measure
@@ -64,9 +64,9 @@ def given_weights(given: Given) -> Any:
 
     where = f"{given.section}.checkpoint"
     folder, _, name = given.uri.rpartition("/")
-    with tempfile.TemporaryDirectory(prefix="mixflow-given-") as scratch:
+    with scratch_directory() as scratch:
         storage = open_storage(folder or ("/" if given.uri.startswith("/") else "."))
-        path = Path(storage.uri) / name if storage.is_local else Path(scratch) / name
+        path = Path(storage.uri) / name if storage.is_local else scratch / name
         if not storage.is_local:
             with readable(where, given.uri):
                 storage.copy_out(name, path)

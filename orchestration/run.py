@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from orchestration import cluster, mlflow_server, results
@@ -28,6 +26,7 @@ from orchestration.storage import Storage, open_storage
 from orchestration.watch import watching
 from orchestration.workflow import Stage, Workspace, code_version, needed_for
 from workers.data import digits as digit_images
+from workers.disk import scratch_directory
 from workers.io import StoppedError
 from workers.shards import write_shards
 
@@ -229,18 +228,18 @@ def _wait_for(workspace: Workspace, stage: str, lease: ExitStack, progress: Prog
 def _write_digits(workspace: Workspace) -> None:
     start, digits = time.monotonic(), workspace.experiment.data.digits
     assert digits, "shards that are given were checked before"
-    with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch:
-        write_shards(digit_images(digits.image_size, digits.held_out), Path(scratch), num_classes=10)
-        workspace.publish("data", Path(scratch), seconds=time.monotonic() - start)
+    with scratch_directory() as scratch:
+        write_shards(digit_images(digits.image_size, digits.held_out), scratch, num_classes=10)
+        workspace.publish("data", scratch, seconds=time.monotonic() - start)
 
 
 def _copy_given(workspace: Workspace, given: Given) -> None:
     from workers.models.checkpoints import save_weights
 
     start = time.monotonic()
-    with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch, given_weights(given) as weights:
-        save_weights(weights, Path(scratch) / "weights.safetensors")
-        workspace.publish(given.stage, Path(scratch), seconds=time.monotonic() - start)
+    with scratch_directory() as scratch, given_weights(given) as weights:
+        save_weights(weights, scratch / "weights.safetensors")
+        workspace.publish(given.stage, scratch, seconds=time.monotonic() - start)
 
 
 def _leave_cluster() -> None:
@@ -318,9 +317,9 @@ def _finish(
 def _make_report(workspace: Workspace, summary: Mapping[str, Any], progress: Progress) -> None:
     if workspace.artifact("report") is None:
         start = time.monotonic()
-        with tempfile.TemporaryDirectory(prefix="mixflow-") as scratch:
-            write_report(workspace, summary, Path(scratch))
-            workspace.publish("report", Path(scratch), seconds=time.monotonic() - start)
+        with scratch_directory() as scratch:
+            write_report(workspace, summary, scratch)
+            workspace.publish("report", scratch, seconds=time.monotonic() - start)
         progress.show({"stage": "report", "done": 1, "total": 1, "metrics": {}})
 
 

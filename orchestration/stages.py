@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
@@ -26,6 +25,7 @@ from workers.checkpoint import CheckpointStore
 from workers.codecs import open_codec
 from workers.config import RunConfig
 from workers.data import realised_times, to_pixels
+from workers.disk import scratch_directory
 from workers.io import RunIO, StoppedError
 from workers.models.family import Network, build
 from workers.models.sd3 import SD3
@@ -49,8 +49,7 @@ def run_stages(site: Site, stages: list[Stage]) -> None:
                 site.tell(stage.name, 0, 1, {})
             # Whatever came before in this process: measuring and sampling are always in fp32, with the same kernels.
             set_precision("fp32")
-            with tempfile.TemporaryDirectory(prefix="mixflow-stage-") as scratch:
-                directory = Path(scratch)
+            with scratch_directory() as directory:
                 about = WORK[stage.kind](site, stage, inputs, directory)
                 if site.agree(site.lease is not None and not site.lease.is_ours()):
                     raise StoppedError(f"stopped in {stage.name}, which is another process's by now")
@@ -110,8 +109,6 @@ def _train(site: Site, stage: Stage, inputs: Inputs, directory: Path, judge: Obj
     checkpoints = site.agree(site.workspace.checkpoints(stage.name) if site.rank == 0 else None)
     about = {"stage": stage.name, "run": stage.settings["run"]}
     store = CheckpointStore(site.storage, checkpoints, keep=run.training.keep_checkpoints, about=about)
-
-    store.discard_scratch()
 
     def report(step: int, metrics: Mapping[str, float]) -> None:
         site.tell(stage.name, step, run.training.steps, metrics)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import tempfile
 import threading
 import uuid
@@ -17,8 +16,8 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from workers.disk import NoRoomError, room_for
-from workers.manifest import MANIFEST, CorruptError, FileEntry, Manifest, canonical_hash
+from workers.disk import NoRoomError, room_for, scratch_directory
+from workers.manifest import MANIFEST, CorruptError, FileEntry, Manifest
 
 log = logging.getLogger(__name__)
 
@@ -176,7 +175,6 @@ class CheckpointStore:
 
     def __init__(self, files: Files, path: str, *, keep: int, about: Mapping[str, Any]) -> None:
         self.files, self.path, self.keep, self.about = files, path, keep, about
-        self._scratch = f"mixflow-checkpoint-{canonical_hash([files.uri, path])[:16]}-"
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -211,9 +209,9 @@ class CheckpointStore:
             if self.files.manifest(path) is None:
                 self._set_aside(path, "it has no manifest: writing it was interrupted")
                 continue
-            with tempfile.TemporaryDirectory(prefix="mixflow-restore-") as scratch:
+            with scratch_directory() as scratch:
                 try:
-                    state = TrainState.read(self.files.fetch(path, Path(scratch, "checkpoint")))
+                    state = TrainState.read(self.files.fetch(path, scratch / "checkpoint"))
                 except CorruptError as error:
                     altered.append((path, error))
                     continue
@@ -226,11 +224,6 @@ class CheckpointStore:
                 f"{altered[0][1].file} {altered[0][1].problem}; try another machine, or remove them to begin anew"
             )
         return None
-
-    def discard_scratch(self) -> None:
-        """Removes what a writer on this machine that was killed left of files on their way."""
-        for left in Path(tempfile.gettempdir()).glob(f"{self._scratch}*"):
-            shutil.rmtree(left, ignore_errors=True)
 
     def save(self, state: TrainState, score: float | None, writers: Writers | None = None) -> None:
         """Writes a snapshot in the background; blocks only while an earlier one is still being written.
@@ -255,11 +248,10 @@ class CheckpointStore:
             raise error
 
     def _write(self, state: TrainState, score: float | None, writers: Writers) -> None:
-        scratch = Path(tempfile.mkdtemp(prefix=self._scratch))
         try:
             # A directory of its own for each attempt: a torn one is never completed by another's files.
             path = writers.exchange(f"{self.path}/step-{state.step:09d}-{uuid.uuid4().hex[:8]}")[0]
-            entries, problem = self._keep(state, scratch, path, writers.rank)
+            entries, problem = self._keep(state, path, writers.rank)
             answers = writers.exchange((entries, str(problem or "")))
             lacking = [f"worker {rank}: {why}" for rank, (_, why) in enumerate(answers) if why]
             if isinstance(problem, NoRoomError):
@@ -274,21 +266,17 @@ class CheckpointStore:
                 self._retain()
         except BaseException as error:
             self._error = error  # raised in the training thread by the next wait()
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
 
-    def _keep(
-        self, state: TrainState, scratch: Path, path: str, rank: int
-    ) -> tuple[dict[str, FileEntry], BaseException | None]:
+    def _keep(self, state: TrainState, path: str, rank: int) -> tuple[dict[str, FileEntry], BaseException | None]:
         """Puts this rank's files where they belong; what went wrong with it, which the others are to hear."""
         entries: dict[str, FileEntry] = {}
         try:
-            with room_for(scratch, state.num_bytes):
+            with room_for(Path(tempfile.gettempdir()), state.num_bytes), scratch_directory() as scratch:
                 state.write_tensors(scratch)
                 if rank == 0:
                     state.write_rest(scratch, self.about)
-            for file in sorted(scratch.iterdir()):
-                entries[file.name] = self.files.put_file(file, f"{path}/{file.name}")
+                for file in sorted(scratch.iterdir()):
+                    entries[file.name] = self.files.put_file(file, f"{path}/{file.name}")
         except BaseException as error:
             return {}, error
         return entries, None

@@ -1,12 +1,17 @@
-"""No room left, in one line: which file, how much it needs, how much is free."""
+"""Room on this machine's disk: what to say where there is none, and temporary files that outlive no killed process."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+_SCRATCH, _OWNER = "mixflow-scratch-", "owner.lock"
 
 
 class NoRoomError(OSError):
@@ -37,3 +42,55 @@ def room_for(path: Path, num_bytes: int) -> Iterator[None]:
             f"the disk must have room for {path}, got {shutil.disk_usage(there).free:,} bytes free of {num_bytes:,} "
             "needed; free some and run the same command again"
         ) from error
+
+
+@contextmanager
+def scratch_directory() -> Iterator[Path]:
+    """An empty temporary directory, removed at the end; those whose processes were killed are removed at the start.
+
+    An flock tells whose process still lives, also where containers with process numbers of their own share the disk.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
+        _remove_if_left(left)
+    home = _take()
+    while home is None:
+        home = _take()
+    directory, lock = home
+    try:
+        files = directory / "files"
+        files.mkdir()
+        yield files
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+        os.close(lock)
+
+
+def _take() -> tuple[Path, int] | None:
+    """A new directory and its lock; None if another process took it for a left one before it was locked."""
+    directory = Path(tempfile.mkdtemp(prefix=_SCRATCH))
+    try:
+        lock = os.open(directory / _OWNER, os.O_CREAT | os.O_RDWR, 0o600)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if (directory / _OWNER).exists():
+            return directory, lock
+    except BlockingIOError:
+        pass  # being removed at this moment
+    os.close(lock)
+    return None
+
+
+def _remove_if_left(directory: Path) -> None:
+    try:
+        lock = os.open(directory / _OWNER, os.O_RDWR)
+    except OSError:
+        return  # gone, about to be locked, or another user's
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(directory, ignore_errors=True)
+    except BlockingIOError:
+        pass  # its process lives
+    finally:
+        os.close(lock)
