@@ -208,13 +208,15 @@ def launch(
     """Runs stages on a group of Ray Train workers.
 
     Ray restarts the group when a worker or a node dies, and each restart goes on where the workspace stands. A group
-    whose workers were asked to stop, because their node goes away, is started again too, and is no failure.
+    whose workers were asked to stop, because their node goes away, is started again too, and is no failure. Where the
+    restarts are used up but something was kept since they were counted, they are counted anew: a run of days may lose
+    any number of workers, and one that cannot go on ends soon.
 
     Args:
         workspace: of the experiment.
         stages: in their order.
         reporter_name: of the Reporter actor.
-        max_failures: restarts of the group.
+        max_failures: restarts of the group before anything new is kept; at 0 the first failure ends the run.
         callbacks: of Ray Train, which hear what the trial of a sweep reports.
 
     Raises:
@@ -227,7 +229,16 @@ def launch(
 
     reporter = ray.get_actor(reporter_name, NAMESPACE)
     while True:
-        answer = _fit(workspace, stages, reporter, reporter_name, max_failures, callbacks)
+        standing = workspace.standing(stages)
+        try:
+            answer = _fit(workspace, stages, reporter, reporter_name, max_failures, callbacks)
+        except ControllerDiedError:
+            raise
+        except RunFailedError as error:
+            if max_failures == 0 or workspace.standing(stages) == standing:
+                raise
+            reporter.warn.remote(f"{error}; something was kept since the workers started, so they are started again")
+            continue
         if "error" in answer:
             raise DivergedError(answer["error"])
         if "wrong_input" in answer:

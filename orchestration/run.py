@@ -118,6 +118,7 @@ def run_experiment(
         pending = [stage for stage in workspace.pending(stages) if not stage.on_driver]
         restarts = experiment.cluster.max_failures
         while True:
+            standing = workspace.standing(pending)
             reporter, name = open_reporter(workspace, place, bool(pending), cleanup, progress)
             recorder = Recorder(workspace, stages, reporter, is_actor=bool(pending))
             try:
@@ -129,6 +130,8 @@ def run_experiment(
                 outcome = _finish(workspace, stages, states, recorder, progress)
                 break
             except ControllerDiedError as error:
+                if workspace.standing(pending) != standing:
+                    restarts = experiment.cluster.max_failures
                 if restarts == 0:
                     raise
                 restarts -= 1

@@ -298,7 +298,8 @@ class Cluster(Frozen):
             `[least, most]` the group is elastic: it goes on with fewer where a node is lost and grows where one comes.
         cpus_per_worker: CPUs of a worker, and its torch threads.
         gpus_per_worker: 1 to compute on GPUs, 0 on CPUs.
-        max_failures: restarts of the worker group before the run fails.
+        max_failures: restarts of the worker group before the run fails, counted anew once a later checkpoint, part or
+            stage is kept; 0 for none ever.
         hang_timeout_s: seconds without a sign of life after which a worker is taken for hung: its stack is logged, it
             is killed, and the group starts again. A worker that computes gives such signs whatever it computes.
     """

@@ -21,7 +21,7 @@ from orchestration.experiment import SEARCH_PAIR, Experiment
 from orchestration.lease import Lease, hold
 from orchestration.parts import Parts, parts_of
 from orchestration.storage import Storage, join, open_storage
-from workers.manifest import CorruptError, Manifest, canonical_hash
+from workers.manifest import MANIFEST, CorruptError, Manifest, canonical_hash
 
 log = logging.getLogger(__name__)
 PATHS_OF_ENCODERS = {"features", "text_encoders", "max_unreadable"}
@@ -321,6 +321,15 @@ class Workspace:
     def pending(self, stages: list[Stage]) -> list[Stage]:
         """Those still to do."""
         return [stage for stage in stages if self.artifact(stage.name) is None]
+
+    def standing(self, stages: list[Stage]) -> tuple[str, str, int] | None:
+        """Where workers that start now go on: the stage, its newest checkpoint, its parts; None if all is done."""
+        pending = self.pending(stages)
+        if not pending:
+            return None
+        name = pending[0].name
+        kept = [path for path in self.storage.list(self.checkpoints(name)) if path.endswith(f"/{MANIFEST}")]
+        return name, max(kept, default=""), len(self.storage.list(self.parts(name).records))
 
     def parts(self, name: str) -> Parts:
         """The directory of a stage whose workers write its files one by one."""

@@ -38,7 +38,7 @@ SETTLED_S = 1.0  # after a kill: what was told before it has arrived
 STEPS, LOG_EVERY = 300, 10
 COMMAND = [
     *("train", "quickstart", "--json"),
-    *small(training__steps=STEPS, training__log_every=LOG_EVERY, cluster__max_failures=KILLS_A_ROUND),
+    *small(training__steps=STEPS, training__log_every=LOG_EVERY, cluster__max_failures=1),
 ]
 # Titles of the processes; "" is the command's own.
 VICTIMS = {

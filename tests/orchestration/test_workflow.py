@@ -19,7 +19,7 @@ import torch
 
 from orchestration import lease as leases
 from orchestration import run, stages, workflow
-from orchestration.launch import Reporter
+from orchestration.launch import Reporter, RunFailedError, launch
 from orchestration.lease import LEASE_S, HeldError
 from orchestration.progress import Progress
 from orchestration.recipe import load
@@ -589,6 +589,40 @@ def test_what_another_start_may_mend_is_tried_again(enter):
     with pytest.raises(OSError, match="no route"):
         enter(1, lost)
     assert enter(1, lambda *_: None) == {}
+
+
+@pytest.mark.parametrize(("max_failures", "groups"), [(2, 4), (0, 1)])
+def test_restarts_are_counted_anew_where_something_was_kept(storage, monkeypatch, tmp_path, max_failures, groups):
+    """Ray's restarts are used up each time; before that a checkpoint, a part and a stage were kept, then nothing."""
+    workspace, told, started = workspace_of(storage), Told(), []
+    for name in ("data", "base"):
+        publish(workspace, name, tmp_path)
+    pending = workspace.pending(list(workspace.stages.values()))
+    (tmp_path / "part").write_text("content")
+    parts = workspace.parts(pending[0].name)
+    keeps = [
+        lambda: storage.publish(tmp_path / f"made-{len(started)}", f"{workspace.checkpoints(pending[0].name)}/step-1"),
+        lambda: parts.keep("a", "digest", tmp_path / "part", {}),
+        lambda: Workspace(workspace.experiment, storage).publish(
+            pending[0].name, tmp_path / f"made-{len(started)}", seconds=1
+        ),
+        lambda: storage.put(f"{workspace.home}/lease.json", b"nothing of a stage's"),
+    ]
+
+    def fails(*_: object) -> dict[str, Any]:
+        (tmp_path / f"made-{len(started)}").mkdir()
+        (tmp_path / f"made-{len(started)}" / "file").write_text("content")
+        keeps[min(len(started), 3)]()
+        started.append(None)
+        raise RunFailedError("a node was lost")
+
+    monkeypatch.setattr("ray.get_actor", lambda *_: told)
+    monkeypatch.setattr("orchestration.launch._fit", fails)
+    with pytest.raises(RunFailedError, match="a node was lost"):
+        launch(workspace, pending, "reporter", max_failures)
+    assert len(started) == groups
+    assert len(told.warnings) == len(started) - 1
+    assert all(line.startswith("a node was lost; ") for line in told.warnings)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
