@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
 import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,11 +21,12 @@ NODE_ANSWERS_S = 30.0  # a node that is gone is Ray's to find
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "536870912"}
 # Of the driver's environment, what every worker is told: which interfaces and transports collectives use, and how.
 NETWORK = ("NCCL_", "TORCH_NCCL_", "GLOO_")
+JOB_CONFIG = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # what Ray tells the entry point of a job about it
 
 
 def inside_job() -> bool:
     """Whether this process is the entry point of a Ray job."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return JOB_CONFIG in os.environ
 
 
 def check_address() -> None:
@@ -66,7 +68,9 @@ def connect(environment: dict[str, str], *, dashboard: bool = False) -> None:
     import ray
 
     passed = {k: v for k, v in os.environ.items() if k in MEMORY or k.startswith(("RAY_TRAIN_", *NETWORK))}
-    variables = {**MEMORY, **environment, **passed}
+    # What a job was told its workers are told too, and Ray refuses to be told it again, even the same.
+    told = json.loads(os.environ.get(JOB_CONFIG, "{}")).get("runtime_env", {}).get("env_vars") or {}
+    variables = {name: value for name, value in {**MEMORY, **environment, **passed}.items() if name not in told}
     options: dict[str, Any] = {
         "namespace": NAMESPACE,
         "runtime_env": {"env_vars": variables},
@@ -190,9 +194,20 @@ def room_for(cluster: Cluster) -> int:
     """Workers that the cluster's living nodes have room for."""
     import ray
 
+    return sum(_workers_on(node["Resources"], cluster) for node in ray.nodes() if node["Alive"])
+
+
+def more_room(cluster: Cluster, without: Container[str] = ()) -> int:
+    """Further workers that there is room for now, beside all that runs; not on the nodes of the ids `without`."""
+    from ray._private.state import state
+
+    free = [node for name, node in state.available_resources_per_node().items() if name not in without]
+    return sum(_workers_on(node, cluster) for node in free)
+
+
+def _workers_on(resources: Mapping[str, float], cluster: Cluster) -> int:
     wanted = {"CPU": cluster.cpus_per_worker, "GPU": cluster.gpus_per_worker}
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return sum(min(int(node.get(k, 0) // each) for k, each in wanted.items() if each) for node in nodes)
+    return min(int(resources.get(kind, 0) // each) for kind, each in wanted.items() if each)
 
 
 def check_shared(storage: Storage) -> None:

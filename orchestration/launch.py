@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import tempfile
 import threading
@@ -21,7 +22,6 @@ from orchestration.workflow import Stage, Workspace
 from workers.io import StoppedError
 
 T = TypeVar("T")
-GROW_EVERY_S = 30.0  # how often an elastic group looks for new nodes
 TRACKED_KINDS = ("base", "arms", "trials")
 
 
@@ -208,9 +208,9 @@ def launch(
     """Runs stages on a group of Ray Train workers.
 
     Ray restarts the group when a worker or a node dies, and each restart goes on where the workspace stands. A group
-    whose workers were asked to stop, because their node goes away, is started again too, and is no failure. Where the
-    restarts are used up but something was kept since they were counted, they are counted anew: a run of days may lose
-    any number of workers, and one that cannot go on ends soon.
+    whose workers were asked to stop, because a node goes away or comes, is started again too, and is no failure. Where
+    the restarts are used up but something was kept since they were counted, they are counted anew: a run of days may
+    lose any number of workers, and one that cannot go on ends soon.
 
     Args:
         workspace: of the experiment.
@@ -248,7 +248,7 @@ def launch(
         ending: Any = ray.get(reporter.is_ending.remote())
         if ending:
             raise StoppedError(answer["stopped"])
-        reporter.warn.remote(f"a worker was asked to end, all {answer['stopped']}; starting again from there")
+        reporter.warn.remote(f"the workers were asked to stop, all {answer['stopped']}; starting again from there")
 
 
 def _fit(
@@ -286,7 +286,7 @@ def _fit(
             num_workers=cluster.num_workers,
             use_gpu=gpu,
             resources_per_worker={"CPU": cluster.cpus_per_worker, **({"GPU": 1} if gpu else {})},
-            elastic_resize_monitor_interval_s=GROW_EVERY_S,
+            elastic_resize_monitor_interval_s=math.inf,  # Ray would kill the workers where a node comes; see `watching`
         ),
         run_config=ray.train.RunConfig(
             name=config["name"],

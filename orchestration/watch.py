@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from orchestration.cluster import NODE_ANSWERS_S, room_for
+from orchestration.cluster import NODE_ANSWERS_S, more_room, room_for
 from orchestration.launch import Pulse
 from orchestration.lease import Lease
 from orchestration.sections import Cluster
 
+log = logging.getLogger(__name__)
 LOOK_EVERY_S = 1.0
+GROW_EVERY_S = 30.0  # how often an elastic group looks for room for more workers
+ASK_AGAIN_S = 600.0  # where a group that started again for room did not get it
 PATIENCE_S = 60.0  # for workers that do not come, until the user hears why
 STOPPING = "stopping after this step, with a checkpoint; once more to stop at once"
 
@@ -28,8 +33,8 @@ STOPPING = "stopping after this step, with a checkpoint; once more to stop at on
 def watching(reporter: Any, cluster: Cluster, say: Callable[[str], None], lease: Lease | None = None) -> Iterator[None]:
     """While the block runs, SIGTERM and SIGINT stop the workers after their step, and a worker that hangs is ended.
 
-    A group with a worker on a node that is being drained, because it will be taken away, is asked to stop as well; and
-    all are once another process has taken the lease.
+    A group with a worker on a node that is being drained, because it will be taken away, is asked to stop as well; so
+    is an elastic one where there is room for more workers, and all are once another process has taken the lease.
 
     Args:
         reporter: the Reporter actor.
@@ -47,27 +52,39 @@ def watching(reporter: Any, cluster: Cluster, say: Callable[[str], None], lease:
             raise KeyboardInterrupt
         asked.set()
 
-    def look() -> None:
-        silence, told = 0.0, False
-        while not done.wait(LOOK_EVERY_S):
-            if asked.is_set() or (lease and lease.lost):
-                reporter.end.remote()  # again and again: a Reporter that was started again knows nothing of it
-                if not told:
-                    told = True
-                    say(STOPPING)
-            pulses = _pulses(reporter)
-            silence = 0.0 if pulses or pulses is None else silence + LOOK_EVERY_S
-            if silence == PATIENCE_S and (room := _room(cluster)) < cluster.least_workers:
-                say(f"warning: waiting for {cluster.least_workers} workers; the cluster has room for {room:g}")
-            leaving = _draining_nodes() if pulses else {}
-            for group in {pulse.group for pulse in pulses or [] if pulse.node in leaving}:
-                reporter.stop.remote(group)
-            for pulse in pulses or []:
-                if pulse.silent_s > cluster.hang_timeout_s:
-                    _end(pulse, say)
-                    reporter.gone.remote(pulse.group, pulse.rank)
+    silence, told, growth = 0.0, False, _Growth(cluster)
 
-    thread = threading.Thread(target=look, daemon=True, name="watch")
+    def look() -> None:
+        nonlocal silence, told
+        if asked.is_set() or (lease and lease.lost):
+            reporter.end.remote()  # again and again: a Reporter that was started again knows nothing of it
+            if not told:
+                told = True
+                say(STOPPING)
+        pulses = _pulses(reporter)
+        silence = 0.0 if pulses or pulses is None else silence + LOOK_EVERY_S
+        if silence == PATIENCE_S and (room := _room(cluster)) < cluster.least_workers:
+            say(f"warning: waiting for {cluster.least_workers} workers; the cluster has room for {room:g}")
+        leaving = _draining_nodes() if pulses else {}
+        stopping = {pulse.group for pulse in pulses or [] if pulse.node in leaving}
+        if more := growth.room_beside(pulses or [], leaving):
+            say(f"the cluster has room for {more} more workers; stopping after this step, to start again with them")
+            stopping |= {pulse.group for pulse in pulses or []}
+        for group in stopping:
+            reporter.stop.remote(group)
+        for pulse in pulses or []:
+            if pulse.silent_s > cluster.hang_timeout_s:
+                _end(pulse, say)
+                reporter.gone.remote(pulse.group, pulse.rank)
+
+    def keep_looking() -> None:
+        while not done.wait(LOOK_EVERY_S):
+            try:
+                look()
+            except Exception as error:  # or nobody would hear signals, nor see a worker that hangs, any more
+                log.warning("a look at the workers failed: %s", error)
+
+    thread = threading.Thread(target=keep_looking, daemon=True, name="watch")
     is_main = threading.current_thread() is threading.main_thread()
     before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT) if is_main}
     thread.start()
@@ -78,6 +95,34 @@ def watching(reporter: Any, cluster: Cluster, say: Callable[[str], None], lease:
         thread.join(timeout=NODE_ANSWERS_S)
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class _Growth:
+    """Whether an elastic group is to start again because there is room for more workers.
+
+    Where it did start again and the room is still there, the room is somebody else's: it is not asked at once anew.
+    """
+
+    def __init__(self, cluster: Cluster) -> None:
+        self.cluster, self.seen, self.seen_at = cluster, (0, 0), -math.inf
+        self.looked_at = time.monotonic()
+
+    def room_beside(self, pulses: Sequence[Pulse], leaving: Container[str]) -> int:
+        """Further workers to start again with; 0 for going on as it is."""
+        import ray
+
+        at, now = len(pulses), time.monotonic()
+        if at == 0 or now - self.looked_at < GROW_EVERY_S or len({pulse.group for pulse in pulses}) > 1:
+            return 0
+        self.looked_at = now
+        try:
+            more = min(more_room(self.cluster, leaving), self.cluster.most_workers - at)
+        except ray.exceptions.RayError:
+            return 0  # the head does not answer
+        if (at, more) == self.seen and now - self.seen_at < ASK_AGAIN_S:
+            return 0
+        self.seen, self.seen_at = (at, more), now
+        return max(0, more)
 
 
 def _room(cluster: Cluster) -> float:

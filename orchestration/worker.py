@@ -99,6 +99,8 @@ def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
     except StoppedError as error:
         return {"stopped": str(error)}
     except (ValueError, NoRoomError, PermanentError) as error:
+        if site.world_size > 1 and not torch.distributed.is_initialized():
+            raise  # Ray ends the group, since another worker is lost: what this one met says nothing of its input
         # Of one rank alone, while others wait for it: Ray has to end them, and the next start ends the run.
         ray.get(reporter.refuse.remote(config["name"], " ".join(str(error).split())))
         raise

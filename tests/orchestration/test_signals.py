@@ -50,7 +50,7 @@ def test_sigterm_keeps_the_last_step_and_a_hung_worker_is_found(undisturbed: Pat
     # A node that is taken away ends its processes: all ranks stop after one step, which is no failure.
     run.until(lambda: _amid(run, "standard/0"), "the middle of the first arm")
     run.find("RayTrainWorker")[-1].send_signal(signal.SIGTERM)
-    run.until(lambda: "a worker was asked to end, all stopped after step" in run.said(), "the group stops")
+    run.until(lambda: "the workers were asked to stop, all stopped after step" in run.said(), "the group stops")
     step = int(re.findall(r"all stopped after step (\d+), whose state is kept", run.said())[-1])
     assert step in _kept(workspace)
 
@@ -94,7 +94,7 @@ def test_sigterm_to_a_node_moves_its_worker_after_a_checkpoint(undisturbed: Path
         run.until(lambda: _amid(run, "standard/0"), "the middle of the first arm", 400)
         node = next(n for n in nodes if any("RayTrainWorker" in p.cmdline()[0] for p in n.children(recursive=True)))
         node.send_signal(signal.SIGTERM)
-        run.until(lambda: "a worker was asked to end, all stopped after step" in run.said(), "the group stops")
+        run.until(lambda: "the workers were asked to stop, all stopped after step" in run.said(), "the group stops")
         node.wait(60)
         assert "Local node finished draining" in log.read_text(), "its workers were gone before its time was over"
         step = int(re.findall(r"all stopped after step (\d+), whose state is kept", run.said())[-1])

@@ -249,8 +249,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
 
 
 def _user(head: dict[str, str], **more: str) -> dict[str, str]:
-    """What a user of the cluster has in the environment."""
-    return {"RAY_API_SERVER_ADDRESS": head["RAY_API_SERVER_ADDRESS"], "RAY_AUTH_TOKEN": TOKEN, **more}
+    """What a user of the cluster has in the environment: some of it for the job, whose workers are told it too."""
+    told = {"GLOO_SOCKET_IFNAME": "lo", "AWS_ENDPOINT_URL": "http://127.0.0.1:9"}
+    return {"RAY_API_SERVER_ADDRESS": head["RAY_API_SERVER_ADDRESS"], "RAY_AUTH_TOKEN": TOKEN, **told, **more}
 
 
 @pytest.mark.ray
