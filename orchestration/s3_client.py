@@ -11,18 +11,21 @@ import threading
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from orchestration.retry import Patience, PermanentError, Retries, TransientError
+from orchestration.retry import PREFLIGHT, AlteredError, Patience, PermanentError, Retries, TransientError
 from workers.disk import NoRoomError
 
 T = TypeVar("T")
 
-# Codes of errors with a status below 500 that may pass: the server's load, another conditional write under way, and a
-# body that broke off or was altered on its way.
+# Codes of errors with a status below 500 that may pass: the server's load, another conditional write under way, a body
+# that broke off or was altered on its way, and a clock that is not yet set, as after a machine was asleep. Statuses
+# stand for answers without a body.
 PASSING = {
     "BadDigest", "ConditionalRequestConflict", "IncompleteBody", "InvalidDigest", "OperationAborted",
-    "RequestLimitExceeded", "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "TooManyRequests",
+    "PriorRequestNotComplete", "RequestLimitExceeded", "RequestThrottled", "RequestThrottledException",
+    "RequestTimeTooSkewed", "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "TooManyRequests",
     "XAmzContentSHA256Mismatch",
 }  # fmt: skip
+PASSING_STATUS = {408, 409, 425, 429, 499}
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
 # These say "wrong" of credentials that never worked, and "replaced" of some that did. The numbers stand for whatever a
 # HEAD was refused with, because its answer has no body.
@@ -72,19 +75,19 @@ class S3Client:
 
         def attempt() -> T:
             from botocore.exceptions import BotoCoreError, ClientError
-            from botocore.httpsession import URLLib3SSLError
             from botocore.parsers import ResponseParserError
+            from urllib3.exceptions import HTTPError
 
             client = None
             try:
                 client = self.boto
-                answer = request(client)
+                answer = self._unaltered(request, client)
             except ClientError as error:
                 raise self._sorted(where, error, client) from error
             except (BotoCoreError, ResponseParserError) as error:
                 kind = TransientError if self._may_pass(error, client) else PermanentError
                 raise kind(f"{where}: {_flat(error)}") from error
-            except URLLib3SSLError as error:  # a body that breaks off under TLS, which botocore lets through
+            except HTTPError as error:  # a body that breaks off under TLS, or an error's, which botocore lets through
                 raise TransientError(f"{where}: {_flat(error)}") from error
             except TransientError as error:
                 raise type(error)(f"{where}: {error}") from error
@@ -92,6 +95,17 @@ class S3Client:
             return answer
 
         return self.retries.call(attempt) if again else attempt()
+
+    def _unaltered(self, request: Callable[[Any], T], client: Any) -> T:
+        """What it answers; botocore meets a number, a date or a header that was altered on its way unprepared."""
+        from botocore.exceptions import BotoCoreError
+
+        try:
+            return request(client)
+        except (ValueError, KeyError) as error:
+            if isinstance(error, BotoCoreError):
+                raise
+            raise AlteredError(f"the answer cannot be read: {type(error).__name__} {_flat(error)}") from error
 
     def _sorted(self, where: str, error: Any, client: Any) -> OSError:
         """What a refusal of the server means."""
@@ -106,7 +120,7 @@ class S3Client:
             # A signature that was right before may also have been altered on its way.
             passing = self._renewed(client) or code == "SignatureDoesNotMatch"
         else:
-            passing = code in PASSING or status == 429 or (status >= 500 and status != 501)
+            passing = code in PASSING or status in PASSING_STATUS or (status >= 500 and status != 501)
         return (TransientError if passing else PermanentError)(text)
 
     def _may_pass(self, error: Exception, client: Any) -> bool:
@@ -116,9 +130,11 @@ class S3Client:
 
         if isinstance(error, exceptions.SSLError):
             return "CERTIFICATE_VERIFY_FAILED" not in str(error)
-        lacking = exceptions.NoCredentialsError | exceptions.PartialCredentialsError
-        if isinstance(error, lacking | exceptions.CredentialRetrievalError):  # their file may be being written anew
-            return self._worked and self._renewed(client)
+        lacking = exceptions.NoCredentialsError | exceptions.PartialCredentialsError | exceptions.ConfigParseError
+        if isinstance(error, lacking | exceptions.CredentialRetrievalError):
+            # Their file may be being written anew, or who gives them out may be away; that there are some at all is
+            # for the preflight to find out.
+            return self._renewed(client) and (self._worked or self.retries.patience is not PREFLIGHT)
         broken = (exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.IncompleteReadError)
         altered = (exceptions.ChecksumError, exceptions.FlexibleChecksumError, ResponseParserError)
         return isinstance(error, (*broken, *altered))
@@ -128,7 +144,7 @@ class S3Client:
         if os.environ.get("AWS_ACCESS_KEY_ID"):
             return False
         with self._lock:
-            if self._made and self._made[1] is client:  # another thread may have done it
+            if self._made and client in (None, self._made[1]):  # another thread may have done it
                 self._made = None
         return True
 

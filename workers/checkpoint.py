@@ -177,6 +177,7 @@ class CheckpointStore:
         self.files, self.path, self.keep, self.about = files, path, keep, about
         self._writer: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._has_lost_one = False  # the one before could not be kept, and this one is in its place
 
     def names(self) -> list[str]:
         """All checkpoint directories, torn ones included, oldest first."""
@@ -204,10 +205,14 @@ class CheckpointStore:
         altered: list[tuple[str, CorruptError]] = []
         for name in reversed(self.names()):
             path = f"{self.path}/{name}"
-            if "set-aside.json" in {p.rsplit("/", 1)[1] for p in self.files.list(path)}:
+            there = {p.rsplit("/", 1)[1] for p in self.files.list(path)}
+            if "set-aside.json" in there:
+                continue
+            if MANIFEST not in there:
+                self._set_aside(path, "it has no manifest: writing it was interrupted")
                 continue
             if self.files.manifest(path) is None:
-                self._set_aside(path, "it has no manifest: writing it was interrupted")
+                altered.append((path, CorruptError(f"{self.files.uri}/{path}", MANIFEST, "is unreadable")))
                 continue
             with scratch_directory() as scratch:
                 try:
@@ -228,12 +233,28 @@ class CheckpointStore:
     def save(self, state: TrainState, score: float | None, writers: Writers | None = None) -> None:
         """Writes a snapshot in the background; blocks only while an earlier one is still being written.
 
+        Where that one could not be kept, as after a storage was away for longer than it is waited for, this one takes
+        its place with a warning.
+
         Args:
             state: copied before this returns.
             score: held-out loss; the checkpoint with the lowest is kept. None where it was not measured.
             writers: all of whose ranks save their part of the state, by as many calls; None for this process alone.
+
+        Raises:
+            NoRoomError: there was none for the one before.
+            OSError: neither of the two before could be kept.
         """
-        self.wait()
+        try:
+            self.wait()
+            self._has_lost_one = False
+        except NoRoomError:
+            raise
+        except OSError as error:
+            if self._has_lost_one:
+                raise
+            self._has_lost_one = True
+            log.warning("the checkpoint before step %d was not kept, and this one is tried: %s", state.step, error)
         arguments = state.snapshot(), score, writers or Writers()
         self._writer = threading.Thread(target=self._write, args=arguments, name="checkpoint")
         self._writer.start()
@@ -262,7 +283,11 @@ class CheckpointStore:
                 raise OSError(f"checkpoint {path} is not complete, {lacking[0]}")
             if writers.rank == 0:
                 files = {name: entry for entries, _ in answers for name, entry in entries.items()}
-                self.files.commit(path, Manifest(files, {"step": state.step, "score": score}))
+                try:
+                    self.files.commit(path, Manifest(files, {"step": state.step, "score": score}))
+                except NoRoomError:
+                    self.files.delete(path)
+                    raise
                 self._retain()
         except BaseException as error:
             self._error = error  # raised in the training thread by the next wait()
@@ -297,7 +322,10 @@ class CheckpointStore:
 
     def _set_aside(self, path: str, reason: str) -> None:
         log.warning("checkpoint %s is set aside: %s", path, reason)
-        self.files.set_aside(path, reason)
+        try:
+            self.files.set_aside(path, reason)
+        except OSError as error:  # a full disk is no reason not to go on from another one
+            log.warning("it could not be marked, and is looked at again by the next start: %s", error)
 
 
 def _step_of(name: str) -> int:

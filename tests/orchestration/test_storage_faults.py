@@ -22,7 +22,7 @@ from raw_storage import Raw
 from s3_servers import Ceph, Control, make_bucket
 
 from orchestration import retry, s3_storage
-from orchestration.retry import PATIENT, GaveUpError, Patience, Retries, TransientError
+from orchestration.retry import PATIENT, PREFLIGHT, GaveUpError, Patience, PermanentError, Retries, TransientError
 from orchestration.s3_storage import S3Storage
 from orchestration.storage import CorruptError, open_storage
 from workers.checkpoint import CheckpointStore, TrainState
@@ -38,14 +38,23 @@ def s3(uri: str, deadline_s: float = 60, read_s: float = 30) -> S3Storage:
     return S3Storage(bucket, prefix, Patience(deadline_s, connect_s=5, read_s=read_s, longest_wait_s=0.5))
 
 
-def test_a_body_that_breaks_off_under_tls_is_asked_for_again():
-    """botocore lets urllib3's own error through, which is neither its own nor an OSError."""
+@pytest.mark.parametrize(
+    "error",
+    [
+        urllib3.exceptions.SSLError("[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred"),
+        urllib3.exceptions.ProtocolError("Connection broken: ConnectionResetError(104, 'Connection reset by peer')"),
+        ValueError("invalid literal for int() with base 10: '1x'"),
+        KeyError("ContentLength"),
+    ],
+)
+def test_what_botocore_lets_through_of_a_broken_or_altered_answer_is_asked_for_again(error):
+    """The body of an error's answer, or one under TLS, that breaks off; a number of a listing that is none."""
     storage, asked = S3Storage("bucket", "prefix", Patience(60, 5, 5, first_wait_s=0.01)), list[object]()
 
     def request(client: object) -> str:
         asked.append(client)
         if len(asked) == 1:
-            raise urllib3.exceptions.SSLError("[SSL: UNEXPECTED_EOF_WHILE_READING] EOF occurred")
+            raise error
         return "whole"
 
     assert storage.client.call("GET", "it", request) == "whole"
@@ -188,7 +197,7 @@ def test_what_may_pass_is_tried_again(mode: str, moto_s3: str, fault_proxy: Cont
         fault_proxy(mode=mode, methods=[method], count=2)
         call()
         assert fault_proxy()["injected"] == 2, (mode, method)
-    if mode not in ("timeout400", "conflict409"):  # the answer to a HEAD has no body to name them
+    if mode != "timeout400":  # the answer to a HEAD has no body to name it
         fault_proxy(mode=mode, methods=["HEAD"], count=2)
         assert storage.exists("object")
     assert Raw(moto_s3).paths() == {"object"}
@@ -429,6 +438,31 @@ def test_expired_credentials_of_a_file_are_waited_for_and_of_the_environment_not
     storage.put("object", b"content")
     assert fault_proxy()["injected"] == 2
     assert storage.client.boto is not before
+
+
+def test_credentials_that_are_not_there_yet_are_waited_for_after_the_preflight(
+    moto_s3: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker's first request may meet a file that is being written, or a service that is away for a moment."""
+    file = tmp_path / "credentials"
+    file.write_text("[default]\naws_access_key_id")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(file))
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    bucket, prefix = moto_s3.removeprefix("s3://").split("/", 1)
+    hasty = S3Storage(bucket, prefix, PREFLIGHT)
+    with pytest.raises(PermanentError):
+        hasty.put("object", b"content")
+    storage = s3(moto_s3)
+    whole = "[default]\naws_access_key_id = a\naws_secret_access_key = b\n"
+    later = [threading.Timer(0.5, file.write_text, [""]), threading.Timer(1.5, file.write_text, [whole])]
+    for timer in later:
+        timer.start()
+    storage.put("object", b"content")
+    for timer in later:
+        timer.join()
+    assert storage.read("object") == b"content"
 
 
 # --- the store itself ---

@@ -13,6 +13,7 @@ from worker_toys import differences, local_io, pixels, run_config
 from orchestration.local_storage import LocalStorage
 from orchestration.storage import open_storage
 from workers.checkpoint import CheckpointStore, TrainState
+from workers.disk import NoRoomError
 from workers.manifest import CorruptError, Manifest
 from workers.train import post_train
 
@@ -51,6 +52,7 @@ SPOILT = {
     "altered": (lambda d: alter(d / "ema.safetensors"), "ema.safetensors"),
     "truncated": (lambda d: (d / "model.safetensors").write_bytes(b"12345678"), "model.safetensors"),
     "missing": (lambda d: (d / "optimizer.safetensors").unlink(), "optimizer.safetensors"),
+    "manifest": (lambda d: (d / "manifest.json").write_text("{"), "manifest.json"),
     "history": (lambda d: alter(d / "history.jsonl"), "history.jsonl"),
 }
 
@@ -92,10 +94,14 @@ def test_a_machine_that_reads_every_checkpoint_as_altered_loses_none(tmp_path, m
     def altering(self, path, into):
         raise CorruptError(path, "model.safetensors", "has another SHA-256 than its manifest says")
 
-    with monkeypatch.context() as broken:
-        broken.setattr(LocalStorage, "fetch", altering)
-        with pytest.raises(OSError, match=r"every checkpoint in .*/runs/r1 reads as altered on this machine"):
-            store_in(tmp_path).restore()
+    def unreadable(self, path):
+        return None
+
+    for method, broken_one in (("fetch", altering), ("manifest", unreadable)):
+        with monkeypatch.context() as broken:
+            broken.setattr(LocalStorage, method, broken_one)
+            with pytest.raises(OSError, match=r"every checkpoint in .*/runs/r1 reads as altered on this machine"):
+                store_in(tmp_path).restore()
     assert differences(store_in(tmp_path).restore(), state_at(20)) == []
 
 
@@ -220,13 +226,40 @@ def test_save_does_not_wait_for_its_own_writing_but_for_the_one_before(tmp_path)
     assert {m.meta["step"] for m in manifests(tmp_path)} == {10, 20}
 
 
-@pytest.mark.parametrize("surfaces_in", ["wait", "save"])
-def test_an_error_of_the_writer_surfaces_once(tmp_path, surfaces_in):
+def test_an_error_of_the_writer_surfaces_once(tmp_path):
     store = CheckpointStore(Broken(open_storage(str(tmp_path))), "runs/r1", keep=9, about={})
     store.save(state_at(10), 1.0)
     with pytest.raises(OSError, match="the disk is full"):
-        store.wait() if surfaces_in == "wait" else store.save(state_at(20), 1.0)
+        store.wait()
     store.wait()
+
+
+def test_one_checkpoint_that_is_lost_is_a_warning_and_two_are_an_error(tmp_path, caplog):
+    """A storage that was away for longer than it is waited for is there again, or it is not."""
+    broken, sound = Broken(open_storage(str(tmp_path))), open_storage(str(tmp_path))
+    store = CheckpointStore(broken, "runs/r1", keep=9, about={})
+    for step, files in ((10, broken), (20, sound), (30, broken), (40, broken)):
+        if step > 10:
+            store._writer.join()
+        store.files = files
+        store.save(state_at(step), 1.0)
+    store._writer.join()
+    with pytest.raises(OSError, match="the disk is full"):
+        store.save(state_at(50), 1.0)
+    assert [m.meta["step"] for m in manifests(tmp_path)] == [20]
+    assert len([r for r in caplog.records if "was not kept" in r.getMessage()]) == 2
+
+
+def test_where_there_was_no_room_the_next_save_says_so_at_once(tmp_path, monkeypatch):
+    def full(self, path, manifest):
+        raise NoRoomError("the disk must have room")
+
+    monkeypatch.setattr(LocalStorage, "commit", full)
+    store = store_in(tmp_path)
+    store.save(state_at(10), 1.0)
+    with pytest.raises(NoRoomError):
+        store.save(state_at(20), 1.0)
+    assert store.names() == [], "what would fill the room that the next attempt needs"
 
 
 def test_a_run_whose_checkpoints_cannot_be_written_fails(tmp_path):
