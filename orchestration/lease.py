@@ -1,12 +1,14 @@
 """Leases: one runner at an experiment, a sweep or a stage.
 
 A lease is an object in the workspace that says who holds it, renewed while its holder lives. One whose holder is gone
-is taken over. A holder may be taken for dead and live, as after its storage was away for longer than a lease lasts: it
-finds that out when it renews, stops, and looks once more before it publishes.
+is taken over: on the same machine at once, from another one when it was not renewed for as long as it lasts by the
+clock of who looks, since clocks differ. A holder may be taken for dead and live, as after its storage was away for
+longer than that: it finds out when it renews, stops, and looks once more before it publishes.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
@@ -16,7 +18,10 @@ import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
+
+import psutil
 
 from orchestration.retry import PREFLIGHT
 from orchestration.storage import Storage, open_storage
@@ -24,7 +29,12 @@ from workers.manifest import CorruptError
 
 log = logging.getLogger(__name__)
 LEASE_S = 60.0
+CLOCKS_S = 900.0  # by which no two clocks differ: S3 refuses requests from further away
+SAME_S = 5.0  # by which the time at which a process was started may seem to differ, since clocks are set
 WAIT_S = 2.0  # between two looks at a stage that another process is at
+
+
+_seen: dict[str, tuple[Any, float]] = {}  # by place: the lease last found there, and since when by this clock
 
 
 class HeldError(ValueError):
@@ -49,8 +59,9 @@ class Lease:
 
     def content(self) -> bytes:
         """Whose it is: a machine and a process for people, the token for its holder, who may be taken for dead."""
-        holder = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "token": self.token}
-        return json.dumps(holder).encode()
+        holder = {"host": socket.gethostname(), "machine": _machine(), "pid": os.getpid()}
+        born = psutil.Process().create_time()
+        return json.dumps({**holder, "born": born, "time": time.time(), "token": self.token}).encode()
 
 
 @contextmanager
@@ -75,8 +86,17 @@ def hold(storage: Storage, path: str, what: str, wait: bool = False) -> Iterator
     finally:
         stop.set()
         thread.join()
-        if lease.is_ours():
-            storage.delete(path)
+        _give_back(lease)
+
+
+def _give_back(lease: Lease) -> None:
+    hasty = Lease(open_storage(lease.storage.uri, PREFLIGHT), lease.path, lease.what)
+    hasty.token, hasty.lost = lease.token, lease.lost
+    try:
+        if hasty.is_ours():
+            hasty.storage.delete(lease.path)
+    except OSError as error:  # what the block raised matters more, and who comes next waits for a minute
+        log.warning("the lease of %s was not given back: %s", lease.what, error)
 
 
 def _take(lease: Lease, wait: bool) -> None:
@@ -85,8 +105,8 @@ def _take(lease: Lease, wait: bool) -> None:
         holder = _holder(lease.storage, lease.path)
         if holder is None:  # given back just now
             continue
-        if _is_alive(holder):
-            if wait and holder["host"] != socket.gethostname() and holder == (first or holder):
+        if _is_alive(f"{lease.storage.uri}/{lease.path}", holder):
+            if wait and not _is_here(holder) and holder == (first or holder):
                 if first is None:
                     log.warning("looking whether process %s on %s, which holds %s, lives", *_who(holder), lease.what)
                 first = holder
@@ -110,7 +130,7 @@ def _renew(lease: Lease, stop: threading.Event) -> None:
                 return
             storage.put(lease.path, lease.content())
             told = False
-        except OSError as error:  # a storage that is away for longer than the lease lets another take it
+        except Exception as error:  # a storage that is away for longer than the lease lets another take it
             if not told:
                 log.warning("the lease of %s was not renewed: %s", lease.what, error)
             told = True
@@ -132,18 +152,32 @@ def _who(holder: Mapping[str, Any]) -> tuple[int, str]:
     return holder["pid"], holder["host"]
 
 
-def _is_alive(holder: Mapping[str, Any]) -> bool:
+def _is_alive(where: str, holder: Mapping[str, Any]) -> bool:
     """A lease is renewed while its holder lives; on this machine a dead holder is seen at once."""
-    if time.time() - holder["time"] > LEASE_S:
-        return False
-    if holder["host"] != socket.gethostname():
-        return True
-    if holder["pid"] == os.getpid():  # a container that was started again gives its process the same number
+    age = time.time() - holder["time"]
+    if not _is_here(holder):
+        mark, now = (holder.get("token"), holder["time"]), time.monotonic()
+        if _seen.get(where, (None,))[0] != mark:
+            _seen[where] = mark, now
+        return age <= LEASE_S + CLOCKS_S and now - _seen[where][1] <= LEASE_S
+    if age > LEASE_S or holder["pid"] == os.getpid():
         return False
     try:
-        os.kill(holder["pid"], 0)
-    except ProcessLookupError:
+        process = psutil.Process(holder["pid"])
+        return abs(process.create_time() - holder.get("born", process.create_time())) < SAME_S
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:  # there, and somebody else's
-        return True
-    return True
+
+
+def _is_here(holder: Mapping[str, Any]) -> bool:
+    """Whether the holder's process would be found by its number."""
+    return holder.get("host") == socket.gethostname() and holder.get("machine", _machine()) == _machine()
+
+
+@functools.cache
+def _machine() -> str:
+    """What tells machines and containers of one host name apart: numbers of processes mean nothing elsewhere."""
+    try:
+        return f"{Path('/proc/sys/kernel/random/boot_id').read_text().strip()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""  # not Linux

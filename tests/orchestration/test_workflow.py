@@ -357,9 +357,49 @@ def test_another_host_that_renews_its_lease_keeps_others_away(storage):
         with pytest.raises(ValueError, match=f"process {pid} on elsewhere is at it"), workspace.lease():
             pass
         renewing.join()
-    hold(workspace, host="elsewhere", time=time.time() - LEASE_S - 1)
+    hold(workspace, host="elsewhere", time=time.time() - LEASE_S - leases.CLOCKS_S - 1)
     with workspace.lease():
         assert json.loads(storage.read(lease_of(workspace)))["host"] == socket.gethostname()
+
+
+@pytest.mark.parametrize("differs_s", [-300.0, 300.0])
+def test_clocks_may_differ(storage, monkeypatch, differs_s):
+    """Who looks goes by its own clock: a holder whose clock is behind lives, one whose clock is ahead may be dead."""
+    monkeypatch.setattr(leases, "LEASE_S", 2.0)
+    workspace = workspace_of(storage)
+    there = {"host": "elsewhere", "pid": 1}
+    hold(workspace, **there, time=time.time() + differs_s)
+    renewing = threading.Timer(1, hold, (workspace,), {**there, "time": time.time() + differs_s + 1})
+    renewing.start()
+    with pytest.raises(ValueError, match="process 1 on elsewhere is at it"), workspace.lease():
+        pass
+    renewing.join()
+    begun = time.monotonic()
+    with workspace.lease():  # it renews no more
+        assert 1 < time.monotonic() - begun < 10
+
+
+def test_a_number_of_a_process_means_nothing_on_another_machine_of_the_same_name(storage):
+    workspace = workspace_of(storage)
+    for pid in (os.getpid(), dead_pid()):
+        there = {"machine": "another", "pid": pid}
+        hold(workspace, **there)
+        renewing = threading.Timer(0.5, hold, (workspace,), there)
+        renewing.start()
+        with pytest.raises(ValueError, match=f"process {pid} on .* is at it"), workspace.lease():
+            pass
+        renewing.join()
+
+
+def test_another_process_that_was_given_the_number_of_a_dead_holder_is_not_taken_for_it(storage):
+    workspace = workspace_of(storage)
+    with workspace.lease():
+        own = json.loads(storage.read(lease_of(workspace)))
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        hold(workspace, machine=own["machine"], pid=process.pid, born=own["born"] - 100)
+        with workspace.lease():
+            pass
+        process.communicate(b"\n")
 
 
 def test_the_same_command_after_its_head_was_lost_waits_until_the_lease_has_run_out(storage, monkeypatch):
