@@ -75,8 +75,9 @@ class S3Client:
 
         def attempt() -> T:
             from botocore.exceptions import BotoCoreError, ClientError
+            from botocore.httpsession import URLLib3SSLError
             from botocore.parsers import ResponseParserError
-            from urllib3.exceptions import HTTPError
+            from botocore.response import URLLib3ProtocolError, URLLib3ReadTimeoutError
 
             client = None
             try:
@@ -87,7 +88,8 @@ class S3Client:
             except (BotoCoreError, ResponseParserError) as error:
                 kind = TransientError if self._may_pass(error, client) else PermanentError
                 raise kind(f"{where}: {_flat(error)}") from error
-            except HTTPError as error:  # a body that breaks off under TLS, or an error's, which botocore lets through
+            except (URLLib3SSLError, URLLib3ProtocolError, URLLib3ReadTimeoutError) as error:
+                # A body that breaks off under TLS, or an error's, which botocore lets through.
                 raise TransientError(f"{where}: {_flat(error)}") from error
             except TransientError as error:
                 raise type(error)(f"{where}: {error}") from error

@@ -257,6 +257,8 @@ class S3Storage(Storage):
         into.parent.mkdir(parents=True, exist_ok=True)
         with (into.parent / f".{into.name}.lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # of the workers of a machine, which ask for the same, one brings it
+            for left in into.rglob(".*.part"):  # by a process that was killed
+                left.unlink(missing_ok=True)
             for _ in _in_order(bring, manifest.files.items()):
                 pass
             (into / MANIFEST).write_text(manifest.to_json())

@@ -38,6 +38,8 @@ class Site:
         rung: rung(step, value) reports a trial's objective to whoever schedules the trials, on all ranks together.
         stopping: whether this worker was asked to stop.
         lease: of the stage at work (rank 0).
+        group: for `agree` and `gather`, in which workers wait for one another for as long as a piece of work may take;
+            None for the default group.
     """
 
     workspace: Workspace
@@ -49,6 +51,7 @@ class Site:
     rung: Callable[[int, float], None] = _nobody
     stopping: Callable[[], bool] = lambda: False
     lease: Lease | None = None
+    group: dist.ProcessGroup | None = None
 
     @property
     def storage(self) -> Storage:
@@ -64,7 +67,7 @@ class Site:
         if self.world_size == 1:
             return value
         box = [value]
-        dist.broadcast_object_list(box, 0)
+        dist.broadcast_object_list(box, 0, self.group)
         return box[0]
 
     def gather(self, value: Any, to: int = 0) -> list[Any]:
@@ -72,7 +75,7 @@ class Site:
         if self.world_size == 1:
             return [value]
         box = [None] * self.world_size if self.rank == to else None
-        dist.gather_object(value, box, to)
+        dist.gather_object(value, box, to, self.group)
         return box or []
 
     def share(self, costs: Sequence[float]) -> list[int]:

@@ -7,6 +7,7 @@ import signal
 import threading
 import time
 from collections.abc import Mapping
+from datetime import timedelta
 from typing import Any
 
 import psutil
@@ -22,6 +23,9 @@ from workers.io import StoppedError
 
 log = logging.getLogger(__name__)
 ALIVE_EVERY_S = 1.0
+# For a worker that measures or samples while others wait, or for a node that is still fetching data. The half hour of
+# Ray's own group is for steps; who hangs or is gone meanwhile is found by the signs of life.
+LONGEST_WAIT = timedelta(days=1)
 _terminated = threading.Event()  # this process was sent SIGTERM
 
 
@@ -76,15 +80,17 @@ def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
 
     workspace = Workspace(experiment, open_storage(config["workspace"]), config["trial"])
     signs = SignsOfLife(reporter, config["name"], context.get_world_rank())
+    size = context.get_world_size()
     site = Site(
         workspace=workspace,
         rank=context.get_world_rank(),
-        world_size=context.get_world_size(),
+        world_size=size,
         device=ray.train.torch.get_device() if experiment.cluster.gpus_per_worker else torch.device("cpu"),
         cache=cache_directory(),
         tell=tell,
         rung=rung,
         stopping=signs.stopping,
+        group=torch.distributed.new_group(timeout=LONGEST_WAIT, backend="gloo") if size > 1 else None,
     )
     if site.rank == 0 and not config["trial"]:  # each trial has a group of its own
         reporter.started.remote()

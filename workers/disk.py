@@ -18,6 +18,11 @@ class NoRoomError(OSError):
     """A disk, or an object store's quota, is full: waiting does not help, the user has to free some."""
 
 
+def is_the_disks(error: BaseException) -> bool:
+    """Whether a read failed for the disk's or a mount's sake and not the file's: it may do better another time."""
+    return getattr(error, "errno", None) in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
+
+
 @contextmanager
 def room_for(path: Path, num_bytes: int) -> Iterator[None]:
     """Says what a write that finds no room needs and what is free, once the write's own leavings are gone.

@@ -24,6 +24,7 @@ from mixflow_core.samplers import CountedField, Field, Sampler
 from workers.columns import as_column, describe_column, from_column, read_about, write_table
 from workers.config import RunConfig
 from workers.data import to_pixels
+from workers.disk import is_the_disks
 
 LabelLaw = Literal["equal", "random"]
 LABEL_LAWS: dict[LabelLaw, str] = {
@@ -206,6 +207,8 @@ def read_part(path: Path | IO[bytes]) -> tuple[Tensor, Tensor]:
         labels = np.require(table["label"].to_numpy(), np.int64, "W")
         return torch.from_numpy(np.require(pixels, np.uint8, "W")), torch.from_numpy(labels)
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        if is_the_disks(error):
+            raise
         raise ValueError(f"samples {path} must be a Parquet file of images and labels; {error}") from error
 
 

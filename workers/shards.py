@@ -20,6 +20,7 @@ import torch
 
 from workers.columns import as_column, describe_column, from_column, read_about, write_table
 from workers.data import SPLITS, CaptionTable, ImageSet, Split, slice_of
+from workers.disk import is_the_disks
 from workers.manifest import MANIFEST, CorruptError, Manifest
 
 SCHEMA_VERSION = 3
@@ -201,6 +202,8 @@ def read_captions(directory: Path) -> Iterator[CaptionTable]:
             text, pooled = (from_column(table, name, about[name]) for name in ("text", "pooled"))
             captions = table["caption"].to_pylist()
         except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+            if is_the_disks(error):
+                raise
             raise ValueError(f"{path} must be a Parquet file of caption embeddings; {error}") from error
         for name, values in (("text", text), ("pooled", pooled)):
             finite = np.isfinite(values).reshape(len(values), -1).all(1)
@@ -221,6 +224,8 @@ def _count_captions(directory: Path) -> int:
     try:
         return sum(pq.read_metadata(path).num_rows for path in _caption_paths(directory))
     except (OSError, pa.ArrowException) as error:
+        if is_the_disks(error):
+            raise
         raise ValueError(f"{directory} must hold readable files of caption embeddings; {error}") from error
 
 
@@ -260,6 +265,8 @@ def _read_shard(path: Path) -> tuple[ImageSet, int]:
                 raise TypeError(f"label must be a column of integers, got {table['label'].type}")
             labels = table["label"].cast(pa.int64()).fill_null(-1).to_numpy()  # a missing label is none of the classes
     except (OSError, pa.ArrowException, KeyError, TypeError, ValueError) as error:
+        if is_the_disks(error):
+            raise
         raise ValueError(f"data shard {path} must be a Parquet file of this project's schema; {error}") from error
     if version != SCHEMA_VERSION:
         raise ValueError(f"data shard {path} must have schema version {SCHEMA_VERSION}, got {version}; write it anew")

@@ -594,11 +594,15 @@ def enter(storage, monkeypatch) -> Iterator[Callable[..., dict[str, Any]]]:
     about = {"experiment": load("quickstart").model_dump_json(), "workspace": storage.uri, "stages": [], "trial": ""}
     before = {name: list(logging.getLogger(name).handlers) for name in ("workers", "orchestration")}
 
-    def call(rank: int, work: Callable[..., None], launched: str = "first") -> dict[str, Any]:
+    def call(
+        rank: int, work: Callable[..., None], launched: str = "first", group_is_there: bool = True
+    ) -> dict[str, Any]:
         context = SimpleNamespace(get_world_rank=lambda: rank, get_world_size=lambda: 2)
         monkeypatch.setattr("ray.train.get_context", lambda: context)
         monkeypatch.setattr(stages, "run_stages", work)
         monkeypatch.setattr("orchestration.worker.SignsOfLife", lambda *_: signs)
+        monkeypatch.setattr("torch.distributed.new_group", lambda **_: None)
+        monkeypatch.setattr("torch.distributed.is_initialized", lambda: group_is_there)
         return worker_entry({**about, "reporter": "one", "name": launched})
 
     call.told = told  # type: ignore[attr-defined]
@@ -620,6 +624,17 @@ def test_a_wrong_input_that_a_worker_finds_is_not_tried_again(enter):
             "wrong_input": "features must number more than 192, got 150"
         }
     assert enter(0, lambda *_: None, "second") == {}, "another launch, of a sweep's next trial, is not concerned"
+
+
+def test_what_a_worker_meets_whose_group_was_ended_is_no_wrong_input(enter):
+    """Ray takes the process group away from those that are left when one is lost; torch says ValueError."""
+
+    def meets(*_: object) -> None:
+        raise ValueError("Default process group has not been initialized")
+
+    with pytest.raises(ValueError, match="has not been initialized"):
+        enter(1, meets, group_is_there=False)
+    assert enter(0, lambda *_: None) == {}
 
 
 def test_what_another_start_may_mend_is_tried_again(enter):

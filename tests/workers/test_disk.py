@@ -1,12 +1,16 @@
 """Temporary files of a process that was killed do not stay on the machine; those of one that lives do."""
 
+import errno
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from workers.data import digits
 from workers.disk import scratch_directory
+from workers.sample import read_part
+from workers.shards import read_shards, write_shards
 
 HOLDER = """
 import time
@@ -41,3 +45,19 @@ def test_only_what_a_killed_process_left_is_removed(tmp_path: Path, monkeypatch:
             holder.wait()
     with scratch_directory():
         assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize(("number", "is_input"), [(errno.EIO, False), (errno.ESTALE, False), (errno.EACCES, True)])
+def test_a_disk_that_fails_is_no_wrong_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, is_input: bool
+) -> None:
+    write_shards(digits(8, 100), tmp_path, num_classes=10)
+
+    def failing(*_: object, **__: object) -> None:
+        raise OSError(number, "the disk says no")
+
+    monkeypatch.setattr("pyarrow.parquet.read_table", failing)
+    with pytest.raises(ValueError if is_input else OSError, match="the disk says no"):
+        list(read_shards(tmp_path, "train"))
+    with pytest.raises(ValueError if is_input else OSError, match="the disk says no"):
+        read_part(tmp_path / "part")
