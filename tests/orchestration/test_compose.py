@@ -72,7 +72,10 @@ def test_every_service_is_fenced_in(docker: Path) -> None:
     assert len({service["image"] for service in ours}) == 1
     for service in ours:
         assert service["cap_drop"] == ["ALL"]
-        assert service["build"]["dockerfile"] == "docker/Dockerfile"
+    # Built by one alone: exports of one image to one name at once may fail.
+    assert [name for name, service in services.items() if "build" in service] == ["head"]
+    assert services["head"]["build"]["dockerfile"] == "docker/Dockerfile"
+    assert [service.get("pull_policy") for service in ours if "build" not in service] == ["never"] * 3
 
 
 def test_each_service_has_the_passwords_it_needs_and_none_on_a_command_line(docker: Path) -> None:
@@ -105,8 +108,8 @@ def test_gpus_are_asked_for_by_the_override(docker: Path) -> None:
     assert worker["deploy"]["resources"]["reservations"]["devices"] == [
         {"capabilities": ["gpu"], "driver": "nvidia", "count": -1}
     ]
+    assert services["head"]["build"]["args"] == {"CUDA": "1"}
     for name in ("bucket", "mlflow", "head", "worker"):
-        assert services[name]["build"]["args"] == {"CUDA": "1"}
         assert services[name]["image"] == worker["image"]
 
 
