@@ -489,7 +489,7 @@ def _replay(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _submit(arguments: argparse.Namespace) -> dict[str, Any]:
-    from orchestration.recipe import load
+    from orchestration.recipe import load, relative_paths
     from orchestration.submit import check_verb, refuse_secrets, submit
     from orchestration.trials import check_space
 
@@ -498,7 +498,12 @@ def _submit(arguments: argparse.Namespace) -> dict[str, Any]:
     refuse_secrets(command, os.environ)  # before any message quotes it
     its = _parser().parse_args(command)
     if its.verb in (*STAGE_VERBS, "sweep"):  # what is wrong in the words is said here, not by a job minutes later
-        experiment = load(its.experiment, [*its.overrides, *_checkpoint(its)], getattr(its, "space", ()))
+        overrides = [*its.overrides, *_checkpoint(its)]
+        experiment = load(its.experiment, overrides, getattr(its, "space", ()))
+        for where, path in relative_paths(its.experiment, overrides).items():
+            raise ValueError(
+                f"{where} must be an s3:// URI or an absolute path on a disk that all nodes see in a job, got {path!r}"
+            )
         if its.verb == "sweep":
             check_space(experiment)
     answer = submit(command, arguments.address, dry_run=arguments.dry_run, as_json=arguments.json)

@@ -308,8 +308,12 @@ def _fit(
     return result.return_value or {}
 
 
-def in_thread(work: Callable[[], T]) -> T:
-    """What `work` returns or raises, from a thread of its own: Ray Train then leaves this process's signals alone."""
+def in_thread(work: Callable[[], T], timeout_s: float | None = None) -> T:
+    """What `work` returns or raises, from a thread of its own: Ray Train then leaves this process's signals alone.
+
+    Raises:
+        TimeoutError: it did not in time; it may go on.
+    """
     answer: Future[T] = Future()
 
     def run() -> None:
@@ -319,7 +323,7 @@ def in_thread(work: Callable[[], T]) -> T:
             answer.set_exception(error)
 
     threading.Thread(target=run, daemon=True, name="fit").start()  # a second signal need not wait for it
-    return answer.result()
+    return answer.result(timeout_s)
 
 
 def cache_directory() -> Path:

@@ -98,6 +98,24 @@ def read(name: str, overrides: Sequence[str] = (), spaces: Sequence[str] = ()) -
     of overrides by name, of which `scale=<name>` chooses one; what is overridden beside it comes after. At the top of a
     file or overridden, `mixflow_gamma` is another name of mixture.gamma.
     """
+    raw = _overridden(name, overrides)
+    for _, section, key in _local_paths(raw):
+        section[key] = str(Path(section[key]).expanduser().absolute())  # also where a worker reads it
+    keys = [space.partition("=")[0] for space in spaces]
+    for space, key in zip(spaces, keys, strict=True):
+        if keys.count(key) > 1:
+            raise ValueError(f"--space must have each key once, got {key} {keys.count(key)} times; remove one")
+        _add_space(name, raw, space)
+    return raw
+
+
+def relative_paths(name: str, overrides: Sequence[str] = ()) -> dict[str, str]:
+    """The local paths, by their settings, that mean another place in another directory or with another home."""
+    found = {where: section[key] for where, section, key in _local_paths(_overridden(name, overrides))}
+    return {where: path for where, path in found.items() if not path.startswith("/")}
+
+
+def _overridden(name: str, overrides: Sequence[str]) -> dict[str, Any]:
     _check_alias(overrides)
     raw = _extended(name)
     scales = raw.pop("scales", None) or {}
@@ -107,13 +125,6 @@ def read(name: str, overrides: Sequence[str] = (), spaces: Sequence[str] = ()) -
     for override in overrides:
         if override.partition("=")[0] != "scale":
             _apply(raw, override)
-    for path in PATHS:
-        _make_absolute(raw, path)
-    keys = [space.partition("=")[0] for space in spaces]
-    for space, key in zip(spaces, keys, strict=True):
-        if keys.count(key) > 1:
-            raise ValueError(f"--space must have each key once, got {key} {keys.count(key)} times; remove one")
-        _add_space(name, raw, space)
     return raw
 
 
@@ -239,19 +250,23 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return raw
 
 
-def _make_absolute(raw: Any, path: str) -> None:
-    """A local path means the driver's directory, also where a worker reads it."""
+def _local_paths(raw: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Where local paths are given: the setting, and the section and key that hold it."""
+    return (found for path in PATHS for found in _local_path(raw, path, path))
+
+
+def _local_path(raw: Any, path: str, where: str) -> Iterator[tuple[str, dict[str, Any], str]]:
     first, _, rest = path.partition(".")
     if isinstance(raw, list):
         for entry in raw:
-            _make_absolute(entry, path)
+            yield from _local_path(entry, path, where)
     elif isinstance(raw, dict) and rest:
-        _make_absolute(raw.get(first), rest)
+        yield from _local_path(raw.get(first), rest, where)
     elif isinstance(raw, dict):
         value = raw.get(first)
         is_uri = isinstance(value, str) and re.match("file:|[A-Za-z][A-Za-z0-9+.-]*://", value)
         if isinstance(value, str) and value not in ("", TO_BE_GIVEN) and not is_uri:
-            raw[first] = str(Path(value).expanduser().absolute())
+            yield where, raw, first
 
 
 def _read(name: str) -> dict[str, Any]:

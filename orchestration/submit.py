@@ -20,12 +20,14 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
 from orchestration.cluster import NETWORK
 from orchestration.doctor import COMPOSE_ENV, read_env
+from orchestration.launch import in_thread
 from orchestration.mlflow_server import without_password
 
 # Of the submitter's environment, what a job is told where it is set, beside NETWORK; all else is the nodes' own.
@@ -40,6 +42,8 @@ PACKAGES = ("mixflow_core", "workers", "orchestration")
 LARGEST_PACKAGE = 20 * 2**20  # bytes; the sources are 1 MiB, and every node of the cluster fetches the package
 SECRET = re.compile(r"(SECRET|PASSWORD|TOKEN|ACCESS_KEY)(?!.*_(PATH|FILE)$)")
 PATIENCE_S = 60.0  # for a job server that does not answer, before the job is left to itself
+ANSWER_S = 20.0  # for one answer, on which Ray's client sets no limit
+LOOPBACK = re.compile(r"://([^/@]*@)?(localhost|127\.[\d.]+|\[::1\])(?=[:/]|$)")
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
 
@@ -63,6 +67,8 @@ def submit(
     """
     arguments = [*command, *(["--json"] if as_json and "--json" not in command else [])]
     variables = passed(os.environ)
+    if not (address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")):
+        variables = _seen_inside(variables)
     with contextlib.ExitStack() as cleanup:
         package = Path(tempfile.mkdtemp(prefix="mixflow-job-"))
         cleanup.callback(shutil.rmtree, package)
@@ -74,18 +80,25 @@ def submit(
         where = job_server(address, look=not dry_run)
         if dry_run:
             cleanup.pop_all()  # the package is what is asked for
+            if os.environ.get("RAY_AUTH_MODE") == "token":
+                _say(f"it needs RAY_AUTH_MODE=token and the cluster's RAY_AUTH_TOKEN, as in {COMPOSE_ENV}")
             line = ["ray", "job", "submit", "--address", where, "--working-dir", environment.pop("working_dir")]
             given = ["--runtime-env-json", json.dumps(environment)] if environment else []
             return {"command": f"{shlex.join([*line, *given])} -- {entrypoint}", "package": str(package)}
         client = _client(where)
-        job = _start(client, entrypoint, environment, f"mixflow-{command[0]}-{uuid.uuid4().hex[:8]}")
+        job = f"mixflow-{command[0]}-{uuid.uuid4().hex[:8]}"
+        try:
+            _start(client, entrypoint, environment, job)
+        except KeyboardInterrupt:
+            _say(f"job {job} may have been started; `ray job stop {job}` ends it")
+            raise
     shown = without_password(where)
     _say(f"job {job} at {shown}; told {', '.join(variables) or 'nothing'}, all else it finds on the nodes")
     log = Log(as_json)
     info = follow(client, job, log)
     code = info.driver_exit_code if info.status == "FAILED" else 0 if info.status == "SUCCEEDED" else 1
-    if code is None:  # it never began
-        _say(f"job {job} failed: {info.message}")
+    if code not in (0, 1, 2):  # it never began, or was killed, and cannot have said why
+        _say(f"job {job} failed: {' '.join(str(info.message).split())}")
     elif info.status == "STOPPED":
         _say(f"job {job} is stopped; the same command goes on from here")
     answer = {"job": job, "address": shown, "status": str(info.status.value)}
@@ -117,12 +130,26 @@ def passed(environ: Mapping[str, str]) -> dict[str, str]:
     return found
 
 
+def _seen_inside(variables: Mapping[str, str]) -> dict[str, str]:
+    """The variables without addresses of this machine, which mean another one inside the containers of compose."""
+    outside = [name for name, value in variables.items() if LOOPBACK.search(value)]
+    if outside:
+        _say(f"not told, since it names this machine and not one of the cluster: {', '.join(outside)}")
+    return {name: value for name, value in variables.items() if name not in outside}
+
+
 def refuse_secrets(shown: Sequence[str], environ: Mapping[str, str]) -> None:
-    """Refuses a command or variables that hold the value of one of the environment's secrets.
+    """Refuses a command, variables or a file that hold the value of one of the environment's secrets, or a password.
 
     Raises:
         ValueError: naming the variable.
     """
+    for text in shown:
+        if without_password(text) != text:
+            raise ValueError(
+                "a URI in a job's words or files must hold no password, got one, which Ray would show to everybody; "
+                "the nodes need it in their own environment (AWS_*)"
+            )
     for name, value in environ.items():
         if SECRET.search(name) and len(value) >= 8 and any(value in text for text in shown):
             raise ValueError(
@@ -186,6 +213,9 @@ def _copy(file: str, package: Path) -> str:
         raise ValueError(f"experiment file must exist, got {file!r}; correct the path")
     inside = not source.is_absolute() and ".." not in source.parts
     target = package / (source if inside else source.name)
+    if target.exists() and target.read_bytes() != source.read_bytes():
+        raise ValueError(f"{file} and another file of this name must not both go into a job; rename one")
+    refuse_secrets([source.read_text()], os.environ)
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(source, target)
     return file if inside else source.name
@@ -242,12 +272,13 @@ def _client(address: str) -> Any:
         ) from error
 
 
-def _start(client: Any, entrypoint: str, environment: dict[str, Any], name: str) -> str:
+def _start(client: Any, entrypoint: str, environment: dict[str, Any], name: str) -> None:
     """Starts the job; a job server that has just been started knows of no agent to start it by for a moment."""
     end = time.monotonic() + PATIENCE_S
     while True:
         try:
-            return str(client.submit_job(entrypoint=entrypoint, runtime_env=environment, submission_id=name))
+            client.submit_job(entrypoint=entrypoint, runtime_env=environment, submission_id=name)
+            return
         except RuntimeError as error:
             if "No available agent" not in str(error) or time.monotonic() > end:
                 raise
@@ -301,39 +332,47 @@ def follow(client: Any, job: str, log: Log) -> Any:
         KeyboardInterrupt: at the second Ctrl-C.
     """
     to_stop = stopping = False
-    answered = time.monotonic()
+    failed_at: float | None = None  # since when it does not answer
 
     def hear(text: str, start: int) -> None:
-        nonlocal answered
+        nonlocal failed_at
         log.take(text, start)
-        answered = time.monotonic()
+        failed_at = None
+
+    def look() -> Any:
+        nonlocal stopping, failed_at
+        if to_stop and not stopping:
+            in_thread(partial(client.stop_job, job), ANSWER_S)
+            stopping = True
+        asyncio.run(_tail(client, job, hear))
+        info = in_thread(partial(client.get_job_info, job), ANSWER_S)
+        failed_at = None
+        return info
 
     while True:
         try:
-            if to_stop and not stopping:
-                client.stop_job(job)
-                stopping = True
-            asyncio.run(_tail(client, job, hear))
-            info = client.get_job_info(job)
-            answered = time.monotonic()
-            if info.status in ENDED:
-                return info
+            try:
+                info = look()
+                if info.status in ENDED:
+                    return info
+            except Exception as error:  # of requests, aiohttp and Ray: the head, or the way to it
+                failed_at = failed_at or time.monotonic()
+                if time.monotonic() - failed_at > PATIENCE_S:
+                    raise OSError(
+                        f"the job server has not answered for {PATIENCE_S:g} s ({' '.join(str(error).split())}); "
+                        f"`ray job logs {job}` follows the job where it goes on; else the same command does"
+                    ) from error
             time.sleep(0.5)
         except KeyboardInterrupt:
             if to_stop:
+                if not stopping:
+                    _say(f"the job server was not reached, and job {job} may go on; `ray job stop {job}` ends it")
                 raise
             to_stop = True
             _say(
                 "stopping the job, so that it leaves a checkpoint, for which Ray gives it the head's "
                 "RAY_JOB_STOP_WAIT_TIME_S (3 s where it is not set); once more to leave it to Ray"
             )
-        except Exception as error:  # of requests, aiohttp and Ray: the head, or the way to it
-            if time.monotonic() - answered > PATIENCE_S:
-                raise OSError(
-                    f"the job server has not answered for {PATIENCE_S:g} s ({' '.join(str(error).split())}); "
-                    f"`ray job logs {job}` follows the job where it goes on; else the same command does"
-                ) from error
-            time.sleep(1)
 
 
 async def _tail(client: Any, job: str, hear: Callable[[str, int], None]) -> None:

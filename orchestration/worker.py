@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import signal
+import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -23,6 +25,7 @@ from workers.io import StoppedError
 
 log = logging.getLogger(__name__)
 ALIVE_EVERY_S = 1.0
+PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)  # of linux/prctl.h
 # For a worker that measures or samples while others wait, or for a node that is still fetching data. The half hour of
 # Ray's own group is for steps; who hangs or is gone meanwhile is found by the signs of life.
 LONGEST_WAIT = timedelta(days=1)
@@ -43,11 +46,18 @@ class _Group(_TorchBackend):
         """Called on the controller before the entry; only here does Ray run something in the workers' main threads."""
         super().on_training_start(worker_group, backend_config)
         worker_group.execute(hear_sigterm)
+        worker_group.execute(let_be_looked_at)
 
 
 def hear_sigterm() -> None:
     """SIGTERM makes this process stop after its step; Ray's own handler would end it at once."""
     signal.signal(signal.SIGTERM, lambda number, frame: _terminated.set())
+
+
+def let_be_looked_at() -> None:
+    """Lets other processes of this user read this one's stack, should it hang, where Yama allows it to parents alone."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY)  # refused where there is no Yama, and not needed
 
 
 def worker_entry(config: dict[str, Any]) -> dict[str, Any]:

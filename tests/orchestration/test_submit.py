@@ -7,6 +7,7 @@ import shlex
 import signal
 import stat
 import subprocess
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,6 +99,16 @@ def test_an_experiment_from_elsewhere_comes_to_the_top(directory: Path) -> None:
             "quickstart: mixture.gamma must lie in [0, 1], got 1.5",
         ),
         (["sweep", "quickstart", "--space", "a=b"], {}, "space must have keys of"),
+        (
+            ["run", "quickstart", "--set", "data={shards: ./mine}"],
+            {},
+            "data.shards must be an s3:// URI or an absolute path on a disk that all nodes see in a job, got './mine'",
+        ),
+        (
+            ["run", "quickstart", "--set", f"data={{shards: 's3://key:{PLANTED}@bucket/x'}}"],
+            {},
+            "a URI in a job's words or files must hold no password",
+        ),
     ],
 )
 def test_wrong_input_is_one_line(
@@ -165,6 +176,65 @@ def test_a_broken_connection_after_hours_of_log_is_made_anew(monkeypatch: pytest
 
     assert submit.follow(server, "job", Hours(False)).status == "SUCCEEDED"
     assert heard == ["begun\n", "begun\ngoes on\n"]
+
+
+def test_two_files_of_one_name_are_not_mixed_up(directory: Path) -> None:
+    (directory / "here").mkdir()
+    (directory / "base.yaml").write_text("extends: base.yaml\n")
+    (directory / "here/base.yaml").write_text("extends: quickstart\nname: parent\n")
+    os.chdir(directory / "here")
+    with pytest.raises(ValueError, match="another file of this name must not both go into a job; rename one"):
+        submit.pack(["run", "../base.yaml"], directory / "package")
+
+
+def test_a_password_in_a_file_stays_here(directory: Path) -> None:
+    (directory / "e.yaml").write_text(f"extends: quickstart\ndata: {{shards: 's3://key:{PLANTED}@bucket/x'}}\n")
+    with pytest.raises(ValueError, match="must hold no password") as caught:
+        submit.pack(["run", "e.yaml"], directory / "package")
+    assert PLANTED not in str(caught.value)
+
+
+def test_addresses_of_this_machine_are_not_told_to_containers(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://localhost.example:8333")
+    assert main(["submit", "--dry-run", "--", "plan", "quickstart"]) == 0
+    out, err = capsys.readouterr()
+    assert "127.0.0.1:5000" not in out
+    assert "localhost.example" in out
+    assert "names this machine and not one of the cluster: MLFLOW_TRACKING_URI" in err
+    assert main(["submit", "--dry-run", "--address", "http://127.0.0.1:8265", "--", "plan", "quickstart"]) == 0
+    assert "127.0.0.1:5000" in capsys.readouterr().out
+
+
+def test_a_server_that_takes_connections_and_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "ANSWER_S", 0.05)
+    monkeypatch.setattr(submit, "PATIENCE_S", 0.3)
+    server, end = Server("begun\n", *["begun\n"] * 99), threading.Event()
+    server.get_job_info = lambda job: end.wait(60)  # type: ignore[method-assign,assignment,return-value]
+    with pytest.raises(OSError, match="the job server has not answered"):
+        submit.follow(server, "job", submit.Log(False))
+    end.set()
+
+
+def test_a_stop_while_the_server_is_away_is_sent_when_it_is_there(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sleeps = iter([KeyboardInterrupt])
+
+    def sleep(seconds: float) -> None:
+        if error := next(sleeps, None):
+            raise error
+
+    monkeypatch.setattr(submit, "time", SimpleNamespace(monotonic=lambda: 0.0, sleep=sleep))
+    server = Server("begun\n", ConnectionError("refused"), "ended\n")
+    server.stops = 1  # the next is taken
+    assert submit.follow(server, "job", submit.Log(False)).status == "SUCCEEDED"
+    assert server.stops == 2
+    assert "stopping the job" in capsys.readouterr().err
 
 
 def test_a_stop_that_the_server_does_not_take_is_sent_again(
