@@ -55,7 +55,7 @@ def hear_sigterm() -> None:
 
 
 def let_be_looked_at() -> None:
-    """Lets other processes of this user read this one's stack, should it hang, where Yama allows it to parents alone."""
+    """Lets other processes of this user read this one's stack, should it hang; Yama allows it to parents alone."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PTRACER, PR_SET_PTRACER_ANY)  # refused where there is no Yama, and not needed
 

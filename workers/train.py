@@ -90,6 +90,27 @@ def post_train(
     if judge:
         judge.restored(history)
 
+    def look() -> float:
+        """Measures the averaged weights after `step` steps; the held-out loss."""
+        with trained.averaged() as averaged:
+            score = held_out_loss(run, averaged, held_out, io, device)
+            found = {"eval/loss": score}
+            if judge and math.isfinite(score):
+                set_precision("fp32")  # measuring is always in fp32
+                found |= judge.measure(step, averaged)
+                set_precision(training.precision)
+        broken = next((key for key, value in found.items() if not math.isfinite(value)), None)
+        if broken:  # the same on all ranks
+            io.wait()
+            raise NonFiniteLossError(step, [], io.last_checkpoint, broken)
+        history.append({"step": step, **found})
+        if io.rank == 0:
+            io.report(step, found)
+        return score
+
+    if 0 < step < training.steps and step % training.checkpoint_every == 0 and "eval/loss" not in history[-1]:
+        look()  # who was asked to stop at this step did not stay for it
+
     shards = _shards_of(io.rank, io.world_size, training.num_shards, training.reproducible)
     gradients = (_OrderedGradients if training.reproducible else _JoinedGradients)(run, model, io.world_size)
     if step < training.steps:
@@ -124,28 +145,13 @@ def post_train(
                 io.report(step, {**row, **speed})  # the speed is not part of the history, which must repeat exactly
             window_loss.zero_()
             window_first, window_start = step, time.perf_counter()
-        if step % training.checkpoint_every == 0 or step == training.steps:
-            with trained.averaged() as averaged:
-                score = held_out_loss(run, averaged, held_out, io, device)
-                found = {"eval/loss": score}
-                if judge and math.isfinite(score):
-                    set_precision("fp32")  # measuring is always in fp32
-                    found |= judge.measure(step, averaged)
-                    set_precision(training.precision)
-            broken = next((key for key, value in found.items() if not math.isfinite(value)), None)
-            if broken:  # the same on all ranks
-                io.wait()
-                raise NonFiniteLossError(step, [], io.last_checkpoint, broken)
-            history.append({"step": step, **found})
-            if io.rank == 0:
-                io.report(step, found)
-            trained.save(step, history, score)
-            window_start = time.perf_counter()
-        elif stop:
-            trained.save(step, history, None, window_loss.item())
         if stop and step < training.steps:
+            trained.save(step, history, None, window_loss.item())
             io.wait()
             raise StoppedError(f"stopped after step {step}, whose state is kept")
+        if step % training.checkpoint_every == 0 or step == training.steps:
+            trained.save(step, history, look())
+            window_start = time.perf_counter()
     io.wait()
     return trained.state(step, history)
 

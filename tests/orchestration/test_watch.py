@@ -105,6 +105,43 @@ def test_a_node_that_is_drained_stops_the_group_that_has_a_worker_there_and_no_o
     assert not reporter.is_ending()
 
 
+def test_an_elastic_group_starts_again_where_there_is_room_for_more(reporter, monkeypatch):
+    """With its step kept, for which Ray itself would leave no time; and not again and again for the same room."""
+    monkeypatch.setattr("orchestration.watch.GROW_EVERY_S", 0.05)
+    room, said = [0], []
+    monkeypatch.setattr("orchestration.watch.more_room", lambda cluster, leaving: room[0])
+    workers = [pulse(rank) for rank in (0, 1)]
+    assert not any(map(reporter.alive, workers))
+    with watching(Actor(reporter), Cluster(num_workers=(1, 4)), said.append):
+        time.sleep(0.3)
+        assert not any(map(reporter.alive, workers))
+        room[0] = 5
+        until(lambda: all(map(reporter.alive, workers)))
+        assert said == ["the cluster has room for 2 more workers; stopping after this step, to start again with them"]
+        # It started again, and did not get the room.
+        reporter.gone("one")
+        again = [pulse(rank, "again") for rank in (0, 1)]
+        assert not any(map(reporter.alive, again))
+        time.sleep(0.5)
+        assert not any(map(reporter.alive, again))
+        reporter.gone("again")  # and lost a worker, for which there is room
+        left = pulse(0, "left")
+        reporter.alive(left)
+        until(lambda: reporter.alive(left))
+    assert len(said) == 2
+
+
+@pytest.mark.parametrize("size", [2, (1, 2)])
+def test_a_group_that_has_all_it_asks_for_goes_on(reporter, monkeypatch, size):
+    monkeypatch.setattr("orchestration.watch.GROW_EVERY_S", 0.05)
+    monkeypatch.setattr("orchestration.watch.more_room", lambda cluster, leaving: 5)
+    workers = [pulse(rank) for rank in (0, 1)]
+    assert not any(map(reporter.alive, workers))
+    with watching(Actor(reporter), Cluster(num_workers=size), pytest.fail):
+        time.sleep(0.4)
+        assert not any(map(reporter.alive, workers))
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_driver_stops_all_groups_and_a_second_ends_at_once(reporter, number):
     said, before = [], signal.getsignal(number)
