@@ -37,11 +37,11 @@ from netns_nodes import AUTHENTICATION, HOST, Nodes, network, nodes_of
 from orchestration.storage import open_storage
 
 RESULTS = Path(__file__).parent / "results" / "nodes_campaign.jsonl"
-STEPS = 800  # of each of three arms
+STEPS = 400  # of each of six arms
 COMMAND = [
     *("train", "quickstart", "--json"),
     *small(
-        replicates=1,
+        replicates=2,
         base__train__reproducible=True,
         training__reproducible=True,
         training__steps=STEPS,
