@@ -8,7 +8,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
@@ -25,8 +25,9 @@ from orchestration.s3_storage import AT_ONCE, PART
 from orchestration.storage import Storage, open_storage
 from workers import train
 from workers.config import RunConfig
-from workers.data import ImageSet, digits
+from workers.data import ImageSet, Split, digits
 from workers.manifest import Manifest
+from workers.models.sit import SiTConfig
 from workers.shards import open_shards, write_shards
 
 sys.path.append(str(Path(__file__).parents[1] / "servers"))
@@ -37,6 +38,7 @@ IMAGES, IMAGES_QUICK = 32768, 2048  # of 16 KiB: posterior moments of a 256 px i
 ROWS = 4096
 AIM_SHARE, AIM_WAIT_PERCENT = 0.9, 3.0
 BLOCKS = {"digits32": 300, "quickstart": 1500}  # steps
+LATENTS = 300  # steps
 
 
 def loader(quick: bool) -> Outcome:
@@ -51,18 +53,24 @@ def loader(quick: bool) -> Outcome:
             storage = open_storage(f"s3://{BUCKET}/data")
             manifest = storage.publish(home / "shards", "set")
             figures += _bringing(storage, manifest, home, ROUNDS_QUICK if quick else ROUNDS)
+            latents = open_shards(storage.fetch("set", home / "fetched"), manifest, home / "maps")
+            figures += _waiting("latents from S3", _latents_run(), latents, LATENTS // 10 if quick else LATENTS)
     for recipe, steps in BLOCKS.items():
-        figures += _waiting(recipe, steps // 10 if quick else steps)
+        experiment = load(recipe)
+        assert experiment.data.digits
+        splits = digits(experiment.data.digits.image_size, experiment.data.digits.held_out)
+        figures += _waiting(recipe, experiment.arm_run("mixflow", 0), splits, steps // 10 if quick else steps)
     about = (
         f"{count} posterior moments of 16 KiB in Parquet shards of {ROWS}, in Ceph RADOS Gateway on the same cores. "
         "Bare: every byte by boto3's range reads of 8 MiB, four at once, thrown away. Kept bare: four files at once, "
         "each part written and hashed as it comes. Ours: Storage.fetch, which writes files and compares their SHA-256. "
         "They take turns; hashing and writing take time from the server where it has no core of its own. Unpacking "
         "checks every value and writes the memory maps that all workers of a machine share, once. Waiting: the share "
-        "of the loop's time in which the next "
-        "batch was not there yet, one worker, one torch thread, with batches made by a thread beside it."
+        "of the loop's time in which the next batch was not there yet, one worker, one torch thread, with batches made "
+        "by a thread beside it: of posterior moments of that set by the memory maps in a small model, and of the "
+        "recipes' digits."
     )
-    return Outcome("loader", about, figures, {"images": count, "rows": ROWS, "steps": BLOCKS})
+    return Outcome("loader", about, figures, {"images": count, "rows": ROWS, "steps": {**BLOCKS, "latents": LATENTS}})
 
 
 def has_server() -> bool:
@@ -141,11 +149,16 @@ def _keep_all(storage: Any, manifest: Manifest, into: Path) -> None:
         list(pool.map(keep, manifest.files))
 
 
-def _waiting(recipe: str, steps: int) -> list[Figure]:
-    experiment = load(recipe)
-    assert experiment.data.digits
-    splits = digits(experiment.data.digits.image_size, experiment.data.digits.held_out)
-    run = experiment.arm_run("mixflow", 0)
+def _latents_run() -> RunConfig:
+    """A small model on 256 px images' latents: on a published size nothing would ever be waited for."""
+    model = SiTConfig(
+        input_size=32, patch_size=4, in_channels=4, hidden_size=64, depth=2, num_heads=4, num_classes=1000
+    )
+    run = load("quickstart").arm_run("mixflow", 0)
+    return RunConfig.model_validate(run.model_copy(update={"model": model}))
+
+
+def _waiting(name: str, run: RunConfig, splits: Mapping[Split, ImageSet], steps: int) -> list[Figure]:
     short = {"steps": steps, "log_every": steps // 10, "checkpoint_every": steps}
     run = RunConfig.model_validate(run.model_copy(update={"training": run.training.model_copy(update=short)}))
     waited, prefetch = list[float](), train._prefetch
@@ -174,4 +187,4 @@ def _waiting(recipe: str, steps: int) -> list[Figure]:
         100 * sum(waited[first:last]) / (end - start)
         for (start, first), (end, last) in pairwise(marks[:-1])  # the last is the checkpoint's
     ]
-    return [figure(f"{recipe}: waiting for data", "% of the time", shares, AIM_WAIT_PERCENT)]
+    return [figure(f"{name}: waiting for data", "% of the time", shares, AIM_WAIT_PERCENT)]

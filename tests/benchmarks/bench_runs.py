@@ -1,40 +1,25 @@
-"""Whole runs of the command line: with MLflow there and away, and the quickstart by stage."""
+"""Whole runs of the command line: the quickstart by stage."""
 
 from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench_note import ROOT, Outcome, figure, overhead
+from bench_note import ROOT, Outcome, figure
 
 from orchestration.recipe import load
 
-MLFLOW_AIM_PERCENT = 2.0
-MLFLOW_ROUNDS = 3
 QUICKSTART_AIM_S = 360.0
 LIMIT_S = 1800.0
-# Six arms of 800 steps, metrics five times as often as in the recipe, and no base worth mentioning.
-SMALL = (
-    "replicates=2",
-    "base.train.steps=200",
-    "base.train.log_every=10",
-    "base.train.checkpoint_every=100",
-    "training.steps=800",
-    "training.log_every=10",
-    "training.checkpoint_every=400",
-)
 TINY = ("base.train.steps=100", "base.train.checkpoint_every=100", "training.steps=50", "training.checkpoint_every=50")
 
 
@@ -54,39 +39,6 @@ class Run:
     stage_s: dict[str, float]
     start_up_s: float
     closing_s: float
-
-    @property
-    def training_s(self) -> float:
-        """Base and arms."""
-        return self.stage_s["base"] + self.stage_s["arms"]
-
-
-def mlflow(quick: bool) -> Outcome:
-    """The same small run with MLflow there (sqlite), with nobody listening, and with one who never answers."""
-    rounds, overrides = (1, [*_workers(), "replicates=2", *TINY]) if quick else (MLFLOW_ROUNDS, [*_workers(), *SMALL])
-    runs: dict[str, list[Run]] = defaultdict(list)
-    with _silent_server() as silent, _closed_port() as closed:
-        places = {"there": "", "away": f"http://127.0.0.1:{closed}", "silent": f"http://127.0.0.1:{silent}"}
-        for number in range(rounds):
-            names = list(places)
-            for name in [*names[number % 3 :], *names[: number % 3]]:  # nobody always goes first
-                runs[name].append(_run("train", overrides, places[name]))
-    pending = {name: [run.outcome["tracking"]["pending"] for run in of] for name, of in runs.items()}
-    figures = [figure(f"{name}: training", "s", [run.training_s for run in of]) for name, of in runs.items()]
-    for name in ("away", "silent"):
-        longer = overhead([r.training_s for r in runs[name]], [r.training_s for r in runs["there"]])
-        figures.append(figure(f"{name} over there: training", "%", longer, MLFLOW_AIM_PERCENT))
-    figures += [figure(f"{name}: whole run", "s", [run.wall_s for run in of]) for name, of in runs.items()]
-    for name in ("away", "silent"):
-        more = [a.wall_s - b.wall_s for a, b in zip(runs[name], runs["there"], strict=True)]
-        figures.append(figure(f"{name} minus there: whole run", "s", more))
-    about = (
-        "`mixflow train` of a small experiment, in turn: MLflow there (a sqlite file), away (nothing listens at its "
-        "address) and silent (its server takes connections and never answers). Training is the stages that train, as "
-        "the run itself reports them. The whole run waits for MLflow a few seconds at its start and end, however long "
-        "it is; those seconds are shown as seconds."
-    )
-    return Outcome("mlflow", about, figures, {"recipe": "quickstart", "overrides": overrides, "pending": pending})
 
 
 def quickstart(quick: bool) -> Outcome:
@@ -142,31 +94,3 @@ def _run(verb: str, overrides: list[str], tracking_uri: str) -> Run:
         ended = {path: path.stat().st_mtime for path in Path(scratch, "workspace").glob("*/*/manifest.json")}
         first = next(end for path, end in ended.items() if path.parts[-3] == "base") - stage_s["base"]
         return Run(outcome, wall_s, dict(stage_s), first - began, began + wall_s - max(ended.values()))
-
-
-@contextmanager
-def _silent_server() -> Iterator[int]:
-    """The port of a server that accepts connections and never answers."""
-    kept: list[socket.socket] = []
-    with socket.create_server(("127.0.0.1", 0), backlog=128) as server:
-
-        def accept() -> None:
-            while True:
-                try:
-                    kept.append(server.accept()[0])
-                except OSError:  # closed: the benchmark is over
-                    return
-
-        threading.Thread(target=accept, daemon=True).start()
-        yield int(server.getsockname()[1])
-        server.shutdown(socket.SHUT_RDWR)
-    for connection in kept:
-        connection.close()
-
-
-@contextmanager
-def _closed_port() -> Iterator[int]:
-    """A port that refuses connections: it is bound, so that nobody else takes it, and nothing listens."""
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        yield int(bound.getsockname()[1])

@@ -24,10 +24,11 @@ from bench_metrics import available, metrics
 from bench_models import models
 from bench_note import Outcome, host_kind, machine, note, now, record, table
 from bench_paired import paired
-from bench_runs import mlflow, quickstart
+from bench_runs import quickstart
 from bench_sample import sample
 from bench_scaling import scaling
 from bench_sweep import search, sweep
+from bench_tracking import mlflow
 
 RESULTS = Path(__file__).parent / "results"
 BENCHMARKS: dict[str, Callable[[bool], Outcome]] = {
