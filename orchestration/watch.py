@@ -24,6 +24,7 @@ from orchestration.sections import Cluster
 log = logging.getLogger(__name__)
 LOOK_EVERY_S = 1.0
 GROW_EVERY_S = 30.0  # how often an elastic group looks for room for more workers
+FRESH_S = 5.0  # since the last sign of life of a worker of which nothing is feared
 ASK_AGAIN_S = 600.0  # where a group that started again for room did not get it
 PATIENCE_S = 60.0  # for workers that do not come, until the user hears why
 STOPPING = "stopping after this step, with a checkpoint; once more to stop at once"
@@ -98,14 +99,14 @@ def watching(reporter: Any, cluster: Cluster, say: Callable[[str], None], lease:
 
 
 class _Growth:
-    """Whether an elastic group is to start again because there is room for more workers.
+    """Whether an elastic group that is well is to start again because there is room for more workers.
 
     Where it did start again and the room is still there, the room is somebody else's: it is not asked at once anew.
     """
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster, self.seen, self.seen_at = cluster, (0, 0), -math.inf
-        self.looked_at = time.monotonic()
+        self.workers, self.looked_at = frozenset[tuple[str, int, int]](), time.monotonic()
 
     def room_beside(self, pulses: Sequence[Pulse], leaving: Container[str]) -> int:
         """Further workers to start again with; 0 for going on as it is."""
@@ -114,7 +115,9 @@ class _Growth:
         at, now = len(pulses), time.monotonic()
         if at == 0 or now - self.looked_at < GROW_EVERY_S or len({pulse.group for pulse in pulses}) > 1:
             return 0
-        self.looked_at = now
+        before, self.workers, self.looked_at = self.workers, frozenset((p.node, p.pid, p.rank) for p in pulses), now
+        if self.workers != before or any(pulse.silent_s > FRESH_S for pulse in pulses):
+            return 0  # one of them is lost, or they have just begun: Ray is at it
         try:
             more = min(more_room(self.cluster, leaving), self.cluster.most_workers - at)
         except ray.exceptions.RayError:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import psutil
@@ -13,7 +14,7 @@ import pytest
 
 from orchestration.launch import Pulse, Reporter, in_thread
 from orchestration.sections import Cluster
-from orchestration.watch import STOPPING, end_process, watching
+from orchestration.watch import STOPPING, _Growth, end_process, watching
 
 HANGING = """
 import time
@@ -129,6 +130,18 @@ def test_an_elastic_group_starts_again_where_there_is_room_for_more(reporter, mo
         reporter.alive(left)
         until(lambda: reporter.alive(left))
     assert len(said) == 2
+
+
+def test_a_group_that_has_lost_a_worker_is_not_asked_to_grow(monkeypatch):
+    """Its room is the lost one's: Ray starts the group again by itself."""
+    monkeypatch.setattr("orchestration.watch.GROW_EVERY_S", 0)
+    monkeypatch.setattr("orchestration.watch.more_room", lambda cluster, leaving: 1)
+    growth, workers = _Growth(Cluster(num_workers=(1, 3))), [pulse(0), pulse(1)]
+    assert growth.room_beside(workers, ()) == 0, "they have just begun"
+    assert growth.room_beside([workers[0], replace(workers[1], silent_s=6)], ()) == 0
+    assert growth.room_beside([workers[0]], ()) == 0
+    assert growth.room_beside([workers[0], pulse(1, pid=2)], ()) == 0, "started again"
+    assert growth.room_beside([workers[0], pulse(1, pid=2)], ()) == 1
 
 
 @pytest.mark.parametrize("size", [2, (1, 2)])
