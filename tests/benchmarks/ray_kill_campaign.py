@@ -35,6 +35,7 @@ from mlflow import MlflowClient
 RESULTS = Path(__file__).parent / "results" / "ray_kill_campaign.jsonl"
 KILLS_A_ROUND, WITHIN_S = 5, 6.0
 SETTLED_S = 1.0  # after a kill: what was told before it has arrived
+LONGEST_S = 300.0
 STEPS, LOG_EVERY = 300, 10
 COMMAND = [
     *("train", "quickstart", "--json"),
@@ -56,9 +57,14 @@ def steps_told(run: Run) -> list[tuple[str, str]]:
     return re.findall(r"stage \d+/\d+  (\S+) step (\d+)/", run.err.read_text())
 
 
+def restarts(run: Run) -> int:
+    """How often the command has told that its workers start again."""
+    return len(re.findall(r"started again|starting again", run.err.read_text()))
+
+
 def goes_on(run: Run, after: int) -> bool:
     """Waits until more than `after` steps are told; whether that came before the command's end."""
-    end = time.monotonic() + 300
+    end = time.monotonic() + LONGEST_S
     while len(steps_told(run)) <= after:
         if run.process.poll() is not None:
             return False
@@ -84,10 +90,14 @@ def kill(run: Run, victim: str, numbers: random.Random) -> dict[str, Any] | None
     if not victims or run.process.poll() is not None:
         return None
     stage, step = steps_told(run)[-1]
+    before = restarts(run)
     numbers.choice(victims).kill()
     killed_at = time.monotonic()
     if victim in ("driver", "raylet", "head"):
         ended(run, family)
+    elif victim in ("worker", "controller"):  # until then steps are told that were done before
+        while restarts(run) == before and run.process.poll() is None and time.monotonic() < killed_at + LONGEST_S:
+            time.sleep(0.05)
     time.sleep(SETTLED_S)
     return {"victim": victim, "stage": stage, "step": int(step), "at": killed_at}
 
