@@ -21,6 +21,7 @@ from orchestration.tracking import Metric, Tracker
 from orchestration.workflow import Stage, Workspace
 from workers.io import StoppedError
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 TRACKED_KINDS = ("base", "arms", "trials")
 
@@ -235,7 +236,7 @@ def launch(
         except ControllerDiedError:
             raise
         except RunFailedError as error:
-            if max_failures == 0 or workspace.standing(stages) == standing:
+            if max_failures == 0 or not anything_kept(workspace, stages, standing):
                 raise
             reporter.warn.remote(f"{error}; something was kept since the workers started, so they are started again")
             continue
@@ -249,6 +250,15 @@ def launch(
         if ending:
             raise StoppedError(answer["stopped"])
         reporter.warn.remote(f"the workers were asked to stop, all {answer['stopped']}; starting again from there")
+
+
+def anything_kept(workspace: Workspace, stages: list[Stage], standing: object) -> bool:
+    """Whether something new is kept of the stages, whose `Workspace.standing` was this before."""
+    try:
+        return workspace.standing(stages) != standing
+    except OSError as error:
+        log.warning("whether anything was kept meanwhile cannot be said: %s", error)
+        return False
 
 
 def _fit(

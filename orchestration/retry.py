@@ -22,10 +22,6 @@ class AlteredError(TransientError):
     """What came is not what the server holds: it was altered on its way, or where it lies."""
 
 
-class PermanentError(OSError):
-    """A fault that the same operation would meet again: credentials, a bucket that is not there, a wrong request."""
-
-
 class GaveUpError(OSError):
     """A fault that may pass did not until the deadline; `last` is how the last attempt failed."""
 

@@ -16,7 +16,7 @@ from orchestration.experiment import Experiment
 from orchestration.figures import slow_flow_plot
 from orchestration.given import Given, given_base, given_guide, given_weights
 from orchestration.inputs import check_data, check_inputs, least_held_out
-from orchestration.launch import ControllerDiedError, Reporter, launch, start_reporter
+from orchestration.launch import ControllerDiedError, Reporter, anything_kept, launch, start_reporter
 from orchestration.lease import WAIT_S, HeldError
 from orchestration.progress import Progress
 from orchestration.recording import Recorder
@@ -118,21 +118,22 @@ def run_experiment(
         pending = [stage for stage in workspace.pending(stages) if not stage.on_driver]
         restarts = experiment.cluster.max_failures
         while True:
-            standing = workspace.standing(pending)
             reporter, name = open_reporter(workspace, place, bool(pending), cleanup, progress)
             recorder = Recorder(workspace, stages, reporter, is_actor=bool(pending))
             try:
                 recorder.start()
                 if pending:
+                    standing = workspace.standing(pending)
                     watch = watching(reporter, experiment.cluster, progress.say, lease)
                     with progress.following(recorder.progress), watch:
-                        launch(workspace, pending, name, restarts)
+                        launch(workspace, pending, name, experiment.cluster.max_failures)
                 outcome = _finish(workspace, stages, states, recorder, progress)
                 break
             except ControllerDiedError as error:
-                if workspace.standing(pending) != standing:
+                if anything_kept(workspace, pending, standing):
                     restarts = experiment.cluster.max_failures
                 if restarts == 0:
+                    recorder.end_badly("FAILED")
                     raise
                 restarts -= 1
                 progress.say(f"warning: {error}; starting again, going on from there")

@@ -8,24 +8,26 @@ from __future__ import annotations
 import os
 import re
 import threading
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from orchestration.retry import PREFLIGHT, AlteredError, Patience, PermanentError, Retries, TransientError
-from workers.disk import NoRoomError
+from orchestration.retry import PREFLIGHT, AlteredError, Patience, Retries, TransientError
+from workers.disk import NoRoomError, PermanentError
 
 T = TypeVar("T")
 
 # Codes of errors with a status below 500 that may pass: the server's load, another conditional write under way, a body
-# that broke off or was altered on its way, and a clock that is not yet set, as after a machine was asleep. Statuses
-# stand for answers without a body.
+# that broke off or was altered on its way, and a clock that is not yet set, as after a machine was asleep. Numbers
+# stand for the answer to a HEAD, which has no body.
 PASSING = {
+    "408", "409", "425", "499",
     "BadDigest", "ConditionalRequestConflict", "IncompleteBody", "InvalidDigest", "OperationAborted",
     "PriorRequestNotComplete", "RequestLimitExceeded", "RequestThrottled", "RequestThrottledException",
     "RequestTimeTooSkewed", "RequestTimeout", "SlowDown", "Throttling", "ThrottlingException", "TooManyRequests",
     "XAmzContentSHA256Mismatch",
 }  # fmt: skip
-PASSING_STATUS = {408, 409, 425, 429, 499}
+LACKING_S = 30.0  # for which a process that never had credentials waits for some
 EXPIRED = {"ExpiredToken", "ExpiredTokenException", "RequestExpired", "TokenRefreshRequired"}
 # These say "wrong" of credentials that never worked, and "replaced" of some that did. The numbers stand for whatever a
 # HEAD was refused with, because its answer has no body.
@@ -47,6 +49,7 @@ class S3Client:
         self._lock = threading.Lock()
         self._made: tuple[int, Any] | None = None
         self._worked = False  # with some credentials, at some time
+        self._lacking_since = 0.0  # when it first had none
 
     @property
     def boto(self) -> Any:
@@ -122,7 +125,7 @@ class S3Client:
             # A signature that was right before may also have been altered on its way.
             passing = self._renewed(client) or code == "SignatureDoesNotMatch"
         else:
-            passing = code in PASSING or status in PASSING_STATUS or (status >= 500 and status != 501)
+            passing = code in PASSING or status == 429 or (status >= 500 and status != 501)
         return (TransientError if passing else PermanentError)(text)
 
     def _may_pass(self, error: Exception, client: Any) -> bool:
@@ -134,9 +137,10 @@ class S3Client:
             return "CERTIFICATE_VERIFY_FAILED" not in str(error)
         lacking = exceptions.NoCredentialsError | exceptions.PartialCredentialsError | exceptions.ConfigParseError
         if isinstance(error, lacking | exceptions.CredentialRetrievalError):
-            # Their file may be being written anew, or who gives them out may be away; that there are some at all is
-            # for the preflight to find out.
-            return self._renewed(client) and (self._worked or self.retries.patience is not PREFLIGHT)
+            # Their file may be being written anew, or who gives them out may be away, for a moment also at the start.
+            self._lacking_since = self._lacking_since or time.monotonic()
+            is_new = self.retries.patience is not PREFLIGHT and time.monotonic() - self._lacking_since < LACKING_S
+            return self._renewed(client) and (self._worked or is_new)
         broken = (exceptions.HTTPClientError, exceptions.ConnectionError, exceptions.IncompleteReadError)
         altered = (exceptions.ChecksumError, exceptions.FlexibleChecksumError, ResponseParserError)
         return isinstance(error, (*broken, *altered))

@@ -295,7 +295,8 @@ class Cluster(Frozen):
 
     Attributes:
         num_workers: workers of one group, which serves all arms and seeds in turn; at most training.num_shards. As
-            `[least, most]` the group is elastic: it goes on with fewer where a node is lost and grows where one comes.
+            `[least, most]` the group is elastic: it goes on with fewer where a node is lost and grows where one comes
+            (trials of a sweep that are at work beside others do not).
         cpus_per_worker: CPUs of a worker, and its torch threads.
         gpus_per_worker: 1 to compute on GPUs, 0 on CPUs.
         max_failures: restarts of the worker group before the run fails, counted anew once a later checkpoint, part or

@@ -336,8 +336,9 @@ def follow(client: Any, job: str, log: Log) -> Any:
 
     def hear(text: str, start: int) -> None:
         nonlocal failed_at
+        if start + len(text) > log.length:  # and not what was read before
+            failed_at = None
         log.take(text, start)
-        failed_at = None
 
     def look() -> Any:
         nonlocal stopping, failed_at

@@ -35,7 +35,8 @@ def watching(reporter: Any, cluster: Cluster, say: Callable[[str], None], lease:
     """While the block runs, SIGTERM and SIGINT stop the workers after their step, and a worker that hangs is ended.
 
     A group with a worker on a node that is being drained, because it will be taken away, is asked to stop as well; so
-    is an elastic one where there is room for more workers, and all are once another process has taken the lease.
+    is an elastic one, if it is the only one, where there is room for more workers; and all are once another process has
+    taken the lease.
 
     Args:
         reporter: the Reporter actor.
@@ -101,30 +102,37 @@ def watching(reporter: Any, cluster: Cluster, say: Callable[[str], None], lease:
 class _Growth:
     """Whether an elastic group that is well is to start again because there is room for more workers.
 
-    Where it did start again and the room is still there, the room is somebody else's: it is not asked at once anew.
+    Where it did start again and has no more of them, the room is somebody else's: it is not asked at once anew. Groups
+    beside one another, the trials of a sweep, leave the room to each other.
     """
 
     def __init__(self, cluster: Cluster) -> None:
-        self.cluster, self.seen, self.seen_at = cluster, (0, 0), -math.inf
+        self.cluster = cluster
         self.workers, self.looked_at = frozenset[tuple[str, int, int]](), time.monotonic()
+        self.asked = 0, -math.inf  # at so many workers, and when
 
     def room_beside(self, pulses: Sequence[Pulse], leaving: Container[str]) -> int:
         """Further workers to start again with; 0 for going on as it is."""
         import ray
 
         at, now = len(pulses), time.monotonic()
-        if at == 0 or now - self.looked_at < GROW_EVERY_S or len({pulse.group for pulse in pulses}) > 1:
+        if at > self.asked[0]:
+            self.asked = 0, -math.inf
+        if self.cluster.least_workers == self.cluster.most_workers or now - self.looked_at < GROW_EVERY_S:
             return 0
         before, self.workers, self.looked_at = self.workers, frozenset((p.node, p.pid, p.rank) for p in pulses), now
         if self.workers != before or any(pulse.silent_s > FRESH_S for pulse in pulses):
             return 0  # one of them is lost, or they have just begun: Ray is at it
+        if len({pulse.group for pulse in pulses}) != 1:
+            return 0
+        if at == self.asked[0] and now - self.asked[1] < ASK_AGAIN_S:
+            return 0
         try:
             more = min(more_room(self.cluster, leaving), self.cluster.most_workers - at)
         except ray.exceptions.RayError:
             return 0  # the head does not answer
-        if (at, more) == self.seen and now - self.seen_at < ASK_AGAIN_S:
-            return 0
-        self.seen, self.seen_at = (at, more), now
+        if more > 0:
+            self.asked = at, now
         return max(0, more)
 
 

@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 ALIVE_EVERY_S = 1.0
 PR_SET_PTRACER, PR_SET_PTRACER_ANY = 0x59616D61, ctypes.c_ulong(-1)  # of linux/prctl.h
 # For a worker that measures or samples while others wait, or for a node that is still fetching data. The half hour of
-# Ray's own group is for steps; who hangs or is gone meanwhile is found by the signs of life.
-LONGEST_WAIT = timedelta(days=1)
+# Ray's own group is for steps; whose process is gone or stopped meanwhile is found by the signs of life.
+LONGEST_WAIT = timedelta(hours=6)
 _terminated = threading.Event()  # this process was sent SIGTERM
 
 
@@ -66,12 +66,11 @@ def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     from orchestration.experiment import Experiment
-    from orchestration.retry import PermanentError
     from orchestration.site import Site
     from orchestration.stages import run_stages
     from orchestration.storage import open_storage
     from orchestration.workflow import Workspace
-    from workers.disk import NoRoomError
+    from workers.disk import NoRoomError, PermanentError
     from workers.train import NonFiniteLossError
 
     experiment = Experiment.model_validate_json(config["experiment"])
@@ -100,14 +99,17 @@ def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
         tell=tell,
         rung=rung,
         stopping=signs.stopping,
-        group=torch.distributed.new_group(timeout=LONGEST_WAIT, backend="gloo") if size > 1 else None,
     )
-    if site.rank == 0 and not config["trial"]:  # each trial has a group of its own
-        reporter.started.remote()
+    if site.rank == 0:
+        reporter.gone.remote(config["name"])  # those of the group before this one, which had the same name
+        if not config["trial"]:  # each trial has a group of its own
+            reporter.started.remote()
     for package in ("workers", "orchestration"):
         logging.getLogger(package).addHandler(_Forward(reporter))
     try:
         signs.start()
+        if size > 1:
+            site.group = torch.distributed.new_group(timeout=LONGEST_WAIT, backend="gloo")
         run_stages(site, [workspace.stages[name] for name in config["stages"]])
     except NonFiniteLossError as error:
         # Raised on all ranks together, and again on every restart: returned, so that Ray makes none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import tempfile
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from workers.disk import NoRoomError, room_for, scratch_directory
+from workers.disk import NoRoomError, PermanentError, room_for, scratch_directory
 from workers.manifest import MANIFEST, CorruptError, FileEntry, Manifest
 
 log = logging.getLogger(__name__)
@@ -242,13 +243,13 @@ class CheckpointStore:
             writers: all of whose ranks save their part of the state, by as many calls; None for this process alone.
 
         Raises:
-            NoRoomError: there was none for the one before.
+            NoRoomError, PermanentError: the one before met a fault that does not pass.
             OSError: neither of the two before could be kept.
         """
         try:
             self.wait()
             self._has_lost_one = False
-        except NoRoomError:
+        except (NoRoomError, PermanentError):
             raise
         except OSError as error:
             if self._has_lost_one:
@@ -286,7 +287,8 @@ class CheckpointStore:
                 try:
                     self.files.commit(path, Manifest(files, {"step": state.step, "score": score}))
                 except NoRoomError:
-                    self.files.delete(path)
+                    with contextlib.suppress(OSError):  # what there was no room for matters more
+                        self.files.delete(path)
                     raise
                 self._retain()
         except BaseException as error:

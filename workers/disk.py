@@ -23,6 +23,10 @@ def is_the_disks(error: BaseException) -> bool:
     return getattr(error, "errno", None) in (errno.EIO, errno.ESTALE, errno.ETIMEDOUT)
 
 
+class PermanentError(OSError):
+    """A fault that the same operation would meet again: credentials, a bucket that is not there, a wrong request."""
+
+
 @contextmanager
 def room_for(path: Path, num_bytes: int) -> Iterator[None]:
     """Says what a write that finds no room needs and what is free, once the write's own leavings are gone.
@@ -66,7 +70,7 @@ def scratch_directory() -> Iterator[Path]:
         files.mkdir()
         yield files
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        _remove(directory)
         os.close(lock)
 
 
@@ -94,8 +98,13 @@ def _remove_if_left(directory: Path) -> None:
         return  # gone, about to be locked, or another user's
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(directory, ignore_errors=True)
-    except BlockingIOError:
-        pass  # its process lives
+        _remove(directory)
+    except OSError:
+        pass  # its process lives, or nothing can be said of it
     finally:
         os.close(lock)
+
+
+def _remove(directory: Path) -> None:
+    shutil.rmtree(directory / "files", ignore_errors=True)
+    shutil.rmtree(directory, ignore_errors=True)  # the lock last: who is killed amid this leaves it to the next

@@ -109,7 +109,7 @@ def post_train(
         return score
 
     if 0 < step < training.steps and step % training.checkpoint_every == 0 and "eval/loss" not in history[-1]:
-        look()  # who was asked to stop at this step did not stay for it
+        trained.save(step, history, look())  # who was asked to stop at this step did not stay for it
 
     shards = _shards_of(io.rank, io.world_size, training.num_shards, training.reproducible)
     gradients = (_OrderedGradients if training.reproducible else _JoinedGradients)(run, model, io.world_size)

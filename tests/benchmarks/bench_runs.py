@@ -44,7 +44,7 @@ class Run:
 def quickstart(quick: bool) -> Outcome:
     """`mixflow run quickstart --json` in a fresh workspace."""
     overrides = [*_workers(), *(["replicates=2", *TINY] if quick else [])]
-    run = _run("run", overrides, "")
+    run = _run("run", overrides)
     figures = [
         figure("whole run", "s", [run.wall_s], QUICKSTART_AIM_S),
         figure("start-up, to the first stage on a worker", "s", [run.start_up_s]),
@@ -65,16 +65,14 @@ def _workers() -> list[str]:
     return [] if len(os.sched_getaffinity(0)) > 1 else ["cluster.num_workers=1"]
 
 
-def run_command(
-    arguments: Sequence[str], workspace: Path, overrides: Sequence[str], tracking_uri: str = ""
-) -> tuple[dict[str, Any], float]:
+def run_command(arguments: Sequence[str], workspace: Path, overrides: Sequence[str]) -> tuple[dict[str, Any], float]:
     """The JSON document of a `mixflow` command in a workspace, and its seconds.
 
     Raises:
         RuntimeError: it failed; with the end of what it said.
     """
     env = {k: v for k, v in os.environ.items() if k not in ("RAY_ADDRESS", "MLFLOW_TRACKING_URI")}
-    env |= {"MIXFLOW_WORKSPACE": str(workspace), **({"MLFLOW_TRACKING_URI": tracking_uri} if tracking_uri else {})}
+    env |= {"MIXFLOW_WORKSPACE": str(workspace)}
     command = [sys.executable, "-m", "orchestration", *arguments, "--json", *(f"--set={one}" for one in overrides)]
     start = time.monotonic()
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT_S, check=False)
@@ -83,10 +81,10 @@ def run_command(
     return json.loads(done.stdout), time.monotonic() - start
 
 
-def _run(verb: str, overrides: list[str], tracking_uri: str) -> Run:
+def _run(verb: str, overrides: list[str]) -> Run:
     with tempfile.TemporaryDirectory(prefix="mixflow-benchmark-") as scratch:
         began = time.time()
-        outcome, wall_s = run_command([verb, "quickstart"], Path(scratch, "workspace"), overrides, tracking_uri)
+        outcome, wall_s = run_command([verb, "quickstart"], Path(scratch, "workspace"), overrides)
         stage_s: dict[str, float] = defaultdict(float)
         for stage in outcome["stages"]:
             stage_s[stage["name"].split("/")[0]] += stage["seconds"]

@@ -22,11 +22,11 @@ from raw_storage import Raw
 from s3_servers import Ceph, Control, make_bucket
 
 from orchestration import retry, s3_storage
-from orchestration.retry import PATIENT, PREFLIGHT, GaveUpError, Patience, PermanentError, Retries, TransientError
+from orchestration.retry import PATIENT, PREFLIGHT, GaveUpError, Patience, Retries, TransientError
 from orchestration.s3_storage import S3Storage
 from orchestration.storage import CorruptError, open_storage
 from workers.checkpoint import CheckpointStore, TrainState
-from workers.disk import NoRoomError, room_for
+from workers.disk import NoRoomError, PermanentError, room_for
 
 LARGE = 9 * 2**20  # bytes: two parts
 CAMPAIGN = Path(__file__).parents[1] / "benchmarks" / "storage_campaign.py"

@@ -215,8 +215,10 @@ def test_a_server_that_takes_connections_and_does_not_answer_is_given_up(monkeyp
     monkeypatch.setattr(submit, "PATIENCE_S", 0.3)
     server, end = Server("begun\n", *["begun\n"] * 99), threading.Event()
     server.get_job_info = lambda job: end.wait(60)  # type: ignore[method-assign,assignment,return-value]
-    with pytest.raises(OSError, match="the job server has not answered"):
+    with pytest.raises(OSError, match="the job server has not answered") as caught:
         submit.follow(server, "job", submit.Log(False))
+    assert isinstance(caught.value.__cause__, TimeoutError)
+    assert len(server.steps) > 90
     end.set()
 
 
