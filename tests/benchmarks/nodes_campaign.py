@@ -37,7 +37,7 @@ from netns_nodes import AUTHENTICATION, HOST, Nodes, network, nodes_of
 from orchestration.storage import open_storage
 
 RESULTS = Path(__file__).parent / "results" / "nodes_campaign.jsonl"
-STEPS = 400  # of each of six arms
+STEPS = 600  # of each of six arms
 COMMAND = [
     *("train", "quickstart", "--json"),
     *small(
