@@ -197,12 +197,12 @@ def room_for(cluster: Cluster) -> int:
     return sum(_workers_on(node["Resources"], cluster) for node in ray.nodes() if node["Alive"])
 
 
-def more_room(cluster: Cluster, without: Container[str] = ()) -> int:
-    """Further workers that there is room for now, beside all that runs; not on the nodes of the ids `without`."""
+def more_room(cluster: Cluster, without: Container[str] = ()) -> dict[str, int]:
+    """By node the further workers that it has room for now, beside all that runs; not of the nodes `without`."""
     from ray._private.state import state
 
-    free = [node for name, node in state.available_resources_per_node().items() if name not in without]
-    return sum(_workers_on(node, cluster) for node in free)
+    free = {name: _workers_on(node, cluster) for name, node in state.available_resources_per_node().items()}
+    return {name: workers for name, workers in free.items() if workers and name not in without}
 
 
 def _workers_on(resources: Mapping[str, float], cluster: Cluster) -> int:

@@ -102,22 +102,20 @@ def watching(reporter: Any, cluster: Cluster, say: Callable[[str], None], lease:
 class _Growth:
     """Whether an elastic group that is well is to start again because there is room for more workers.
 
-    Where it did start again and has no more of them, the room is somebody else's: it is not asked at once anew. Groups
-    beside one another, the trials of a sweep, leave the room to each other.
+    Where it did start again and there still is room on the same nodes, that is somebody else's: it is not asked at once
+    anew. Groups beside one another, the trials of a sweep, leave the room to each other.
     """
 
     def __init__(self, cluster: Cluster) -> None:
         self.cluster = cluster
         self.workers, self.looked_at = frozenset[tuple[str, int, int]](), time.monotonic()
-        self.asked = 0, -math.inf  # at so many workers, and when
+        self.asked, self.asked_at = frozenset[str](), -math.inf  # for the room of which nodes
 
     def room_beside(self, pulses: Sequence[Pulse], leaving: Container[str]) -> int:
         """Further workers to start again with; 0 for going on as it is."""
         import ray
 
         at, now = len(pulses), time.monotonic()
-        if at > self.asked[0]:
-            self.asked = 0, -math.inf
         if self.cluster.least_workers == self.cluster.most_workers or now - self.looked_at < GROW_EVERY_S:
             return 0
         before, self.workers, self.looked_at = self.workers, frozenset((p.node, p.pid, p.rank) for p in pulses), now
@@ -125,15 +123,15 @@ class _Growth:
             return 0  # one of them is lost, or they have just begun: Ray is at it
         if len({pulse.group for pulse in pulses}) != 1:
             return 0
-        if at == self.asked[0] and now - self.asked[1] < ASK_AGAIN_S:
-            return 0
         try:
-            more = min(more_room(self.cluster, leaving), self.cluster.most_workers - at)
+            room = more_room(self.cluster, leaving)
         except ray.exceptions.RayError:
             return 0  # the head does not answer
-        if more > 0:
-            self.asked = at, now
-        return max(0, more)
+        more = min(sum(room.values()), self.cluster.most_workers - at)
+        if more <= 0 or (self.asked.issuperset(room) and now - self.asked_at < ASK_AGAIN_S):
+            return 0
+        self.asked, self.asked_at = frozenset(room), now
+        return more
 
 
 def _room(cluster: Cluster) -> float:
