@@ -90,11 +90,10 @@ def hold(storage: Storage, path: str, what: str, wait: bool = False) -> Iterator
 
 
 def _give_back(lease: Lease) -> None:
-    hasty = Lease(open_storage(lease.storage.uri, PREFLIGHT), lease.path, lease.what)
-    hasty.token, hasty.lost = lease.token, lease.lost
+    lease.storage = open_storage(lease.storage.uri, PREFLIGHT)
     try:
-        if hasty.is_ours():
-            hasty.storage.delete(lease.path)
+        if lease.is_ours():
+            lease.storage.delete(lease.path)
     except OSError as error:  # what the block raised matters more, and who comes next waits for a minute
         log.warning("the lease of %s was not given back: %s", lease.what, error)
 

@@ -67,7 +67,7 @@ def submit(
     """
     arguments = [*command, *(["--json"] if as_json and "--json" not in command else [])]
     variables = passed(os.environ)
-    if not (address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS")):
+    if not _named(address):
         variables = _seen_inside(variables)
     with contextlib.ExitStack() as cleanup:
         package = Path(tempfile.mkdtemp(prefix="mixflow-job-"))
@@ -221,6 +221,11 @@ def _copy(file: str, package: Path) -> str:
     return file if inside else source.name
 
 
+def _named(address: str | None) -> str:
+    """The job server that the user names; "" for the one of docker/compose.yaml."""
+    return address or os.environ.get("RAY_API_SERVER_ADDRESS") or os.environ.get("RAY_ADDRESS") or ""
+
+
 def job_server(address: str | None, *, look: bool = True) -> str:
     """The address of the job server, after a look whether anybody listens there; sets Ray's variables for it.
 
@@ -228,7 +233,7 @@ def job_server(address: str | None, *, look: bool = True) -> str:
         ValueError: nobody does, or it is none.
     """
     environ = os.environ
-    where = address or environ.get("RAY_API_SERVER_ADDRESS") or environ.get("RAY_ADDRESS") or ""
+    where = _named(address)
     if not where:
         compose = read_env(COMPOSE_ENV) if COMPOSE_ENV.is_file() else {}
         where = f"http://127.0.0.1:{compose.get('RAY_DASHBOARD_PORT', 8265)}"

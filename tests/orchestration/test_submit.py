@@ -213,8 +213,14 @@ def test_addresses_of_this_machine_are_not_told_to_containers(
 def test_a_server_that_takes_connections_and_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(submit, "ANSWER_S", 0.05)
     monkeypatch.setattr(submit, "PATIENCE_S", 0.3)
-    server, end = Server("begun\n", *["begun\n"] * 99), threading.Event()
-    server.get_job_info = lambda job: end.wait(60)  # type: ignore[method-assign,assignment,return-value]
+    end = threading.Event()
+
+    class Silent(Server):
+        def get_job_info(self, job: str) -> SimpleNamespace:
+            end.wait(60)
+            return super().get_job_info(job)
+
+    server = Silent("begun\n", *["begun\n"] * 99)
     with pytest.raises(OSError, match="the job server has not answered") as caught:
         submit.follow(server, "job", submit.Log(False))
     assert isinstance(caught.value.__cause__, TimeoutError)
