@@ -46,7 +46,6 @@ class _Group(_TorchBackend):
         """Called on the controller before the entry; only here does Ray run something in the workers' main threads."""
         super().on_training_start(worker_group, backend_config)
         worker_group.execute(hear_sigterm)
-        worker_group.execute(let_be_looked_at)
 
 
 def hear_sigterm() -> None:
@@ -73,6 +72,7 @@ def worker_entry(config: dict[str, Any]) -> dict[str, Any]:
     from workers.disk import NoRoomError, PermanentError
     from workers.train import NonFiniteLossError
 
+    let_be_looked_at()
     experiment = Experiment.model_validate_json(config["experiment"])
     torch.set_num_threads(max(1, int(experiment.cluster.cpus_per_worker)))
     context = ray.train.get_context()
