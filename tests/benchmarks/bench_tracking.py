@@ -30,8 +30,8 @@ from mlflow_servers import MlflowServer
 from s3_servers import Control, fault_proxy
 
 AIM_PERCENT = 2.0
-RECIPE, ROUNDS, ROUNDS_QUICK = "quickstart", 9, 1
-BLOCK, BLOCK_QUICK, LOG_EVERY = 2000, 100, 10  # steps; metrics five times as often as in the recipe
+RECIPE, ROUNDS, ROUNDS_QUICK = "quickstart", 24, 1
+BLOCK, BLOCK_QUICK, LOG_EVERY = 400, 100, 10  # steps; metrics five times as often as in the recipe
 # What the proxy before MLflow does in a block; None where nothing is handed to the tracker.
 MODES: dict[str, str | None] = {"untracked": None, "there": "ok", "away": "reset", "silent": "blackhole"}
 SETTLE_S = 120.0
