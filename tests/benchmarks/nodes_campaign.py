@@ -9,7 +9,8 @@ killed (`killed`), once its cable is taken out for good (`cut`), in random order
 worker that is left; then another node is added, and the run has to take it in. A round is equal when the SHA-256 of all
 files that the run made are those of the quiet run, on two workers and a local disk, and MLflow has heard everything.
 `recovered_s` is the time from a loss to the next step in training. Each round is one JSON line in the result file, and
-a campaign that was stopped goes on after the rounds that are there.
+a campaign that was stopped goes on after the rounds that are there. With `--small` one node is killed in fewer steps,
+and none comes.
 """
 
 from __future__ import annotations
@@ -37,20 +38,25 @@ from netns_nodes import AUTHENTICATION, HOST, Nodes, network, nodes_of
 from orchestration.storage import open_storage
 
 RESULTS = Path(__file__).parent / "results" / "nodes_campaign.jsonl"
-STEPS = 600  # of each of six arms
-COMMAND = [
-    *("train", "quickstart", "--json"),
-    *small(
-        replicates=2,
-        base__train__reproducible=True,
-        training__reproducible=True,
-        training__steps=STEPS,
-        training__checkpoint_every=100,
-        training__log_every=10,
-        cluster__hang_timeout_s=30,
-        cluster__max_failures=9,
-    ),
-]
+LOSSES, STEPS = ("killed", "cut"), 600  # of each of six arms
+STEPS_SMALL = 200
+
+
+def command(steps: int) -> list[str]:
+    """The run of a round."""
+    return [
+        *("train", "quickstart", "--json"),
+        *small(
+            replicates=2,
+            base__train__reproducible=True,
+            training__reproducible=True,
+            training__steps=steps,
+            training__checkpoint_every=100,
+            training__log_every=10,
+            cluster__hang_timeout_s=30,
+            cluster__max_failures=9,
+        ),
+    ]
 
 
 def files_of(workspace: str) -> dict[str, str]:
@@ -69,20 +75,23 @@ def place(run: Run) -> tuple[int, int]:
     return (int(found[-1][0]), int(found[-1][1])) if found else (0, 0)
 
 
-def lose(run: Run, nodes: Nodes, how: str, numbers: random.Random, another: int) -> dict[str, Any]:
-    """Loses a node that has a worker, waits until the run goes on without it, and adds another."""
+def lose(run: Run, nodes: Nodes, how: str, numbers: random.Random, steps: int) -> dict[str, Any]:
+    """Loses a node that has a worker, and waits until the run goes on without it."""
     run.until(lambda: len(nodes.with_workers()) == 2 and place(run)[0], "two workers are at work", 400)
     begin = place(run)
-    aim = numbers.randrange(STEPS // 2)
+    aim = numbers.randrange(steps // 2)
     run.until(lambda: place(run)[0] > begin[0] or place(run)[1] >= aim, "the step at which a node is lost", 400)
     at, starts, start = place(run), starts_of(run), time.monotonic()
     node = numbers.choice(nodes.with_workers())
     nodes.kill(node) if how == "killed" else nodes.cut(node)
     run.until(lambda: starts_of(run) > starts and place(run) != at, "it goes on without the node", 400)
-    recovered_s = time.monotonic() - start
+    return {"how": how, "stage": at[0], "step": at[1], "recovered_s": round(time.monotonic() - start, 1)}
+
+
+def grow(run: Run, nodes: Nodes, another: int) -> None:
+    """Adds a node, and waits until the run has taken it in."""
     nodes.add(another)
     run.until(lambda: len(nodes.with_workers()) == 2, "it takes the new node in", 400)
-    return {"how": how, "stage": at[0], "step": at[1], "recovered_s": round(recovered_s, 1)}
 
 
 def starts_of(run: Run) -> int:
@@ -90,7 +99,7 @@ def starts_of(run: Run) -> int:
     return max(map(int, re.findall(r"started again \((\d+)\)", run.err.read_text())), default=0)
 
 
-def play(number: int, bridge: str, wanted: dict[str, str], scratch: Path) -> dict[str, Any]:
+def play(number: int, bridge: str, wanted: dict[str, str], scratch: Path, *, is_small: bool) -> dict[str, Any]:
     """One round."""
     numbers, directory = random.Random(number), scratch / f"round-{number}"
     workspace = f"s3://{s3_servers.BUCKET}/round-{number}"
@@ -101,28 +110,32 @@ def play(number: int, bridge: str, wanted: dict[str, str], scratch: Path) -> dic
         "MLFLOW_TRACKING_URI": f"sqlite:///{directory}/mlflow.db",
     }
     with nodes_of(bridge, scratch / f"nodes-{number}.log", 2, 3) as nodes:
-        command = [*COMMAND, "--set", "cluster.num_workers=[1,2]"]
-        run = Run(command, directory, {**environment, "RAY_ADDRESS": nodes.address})
-        order = numbers.sample(["killed", "cut"], 2)
-        lost = [lose(run, nodes, how, numbers, another) for another, how in enumerate(order, 4)]
+        steps = STEPS_SMALL if is_small else STEPS
+        elastic = [*command(steps), "--set", "cluster.num_workers=[1,2]"]
+        run = Run(elastic, directory, {**environment, "RAY_ADDRESS": nodes.address})
+        lost = []
+        for another, how in enumerate(["killed"] if is_small else numbers.sample(LOSSES, len(LOSSES)), 4):
+            lost.append(lose(run, nodes, how, numbers, steps))
+            if not is_small:
+                grow(run, nodes, another)
         answer = run.answer()
     found = files_of(workspace)
     equal, pending = found == wanted, answer["tracking"]["pending"]
     return {"seed": number, "lost": lost, "files": len(found), "equal": equal, "passed": equal and not pending}
 
 
-def campaign(results: Path, rounds: int, scratch: Path) -> list[dict[str, Any]]:
+def campaign(results: Path, rounds: int, scratch: Path, *, is_small: bool) -> list[dict[str, Any]]:
     """Plays the rounds that are not in the result file."""
     played = read_results(results)
     workspace = str(scratch / "quiet/workspace")
-    Run(COMMAND, scratch / "quiet", {"MIXFLOW_WORKSPACE": workspace}).answer()
+    Run(command(STEPS_SMALL if is_small else STEPS), scratch / "quiet", {"MIXFLOW_WORKSPACE": workspace}).answer()
     wanted = files_of(workspace)
     print(f"the quiet run made {len(wanted)} files; {len(played)} rounds are there", flush=True)
     with network() as bridge, s3_servers.ceph(scratch / "ceph", HOST) as ceph:
         # Credentials are the nodes' own; this process reads the results.
         os.environ.update(s3_servers.s3_variables(ceph.endpoint))
         for number in range(len(played), rounds):
-            played.append(play(number, bridge, wanted, scratch))
+            played.append(play(number, bridge, wanted, scratch, is_small=is_small))
             append_result(results, played[-1])
             print(json.dumps(played[-1]), flush=True)
     return played
@@ -133,14 +146,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--small", action="store_true", help="to be kept in another result file")
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(1))  # so that nodes, network and servers end too
     with tempfile.TemporaryDirectory(prefix="mixflow-nodes-") as name:
-        rounds = campaign(options.results, options.rounds, Path(name))
+        rounds = campaign(options.results, options.rounds, Path(name), is_small=options.small)
     passed = sum(entry["passed"] for entry in rounds)
-    print(f"{passed} of {len(rounds)} rounds equal, {2 * len(rounds)} nodes lost")
-    for how in ("killed", "cut"):
-        took = [lost["recovered_s"] for entry in rounds for lost in entry["lost"] if lost["how"] == how]
+    print(f"{passed} of {len(rounds)} rounds equal, {sum(len(entry['lost']) for entry in rounds)} nodes lost")
+    for how in LOSSES:
+        if not (took := [lost["recovered_s"] for entry in rounds for lost in entry["lost"] if lost["how"] == how]):
+            continue
         print(f"{how}: training went on after {median(took):g} s, at most {max(took):g}")
     return 0 if passed == len(rounds) else 1
 

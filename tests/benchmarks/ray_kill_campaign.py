@@ -126,7 +126,7 @@ def play(seed: int, most_kills: int, wanted: dict[str, str], scratch: Path) -> d
     for one in kills:
         one.pop("at", None)
     problems = [] if results_of(workspace) == wanted else ["files differ"]
-    problems += problems_in_mlflow(workspace)
+    problems += problems_in_mlflow(MlflowClient(f"sqlite:///{workspace}/mlflow.db"), "quickstart")
     return {"seed": seed, "kills": kills, "commands": commands, "problems": problems, "passed": not problems}
 
 
@@ -136,10 +136,9 @@ def recovered(kills: list[dict[str, Any]]) -> None:
         kills[-1]["recovered_s"] = round(time.monotonic() - kills[-1].pop("at"), 1)
 
 
-def problems_in_mlflow(workspace: Path) -> list[str]:
+def problems_in_mlflow(client: MlflowClient, experiment: str) -> list[str]:
     """Runs that are there twice or still running, and steps that are not there once."""
-    client = MlflowClient(f"sqlite:///{workspace}/mlflow.db")
-    runs = client.search_runs([client.get_experiment_by_name("quickstart").experiment_id])
+    runs = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
     problems = [f"{run.info.run_name} is {run.info.status}" for run in runs if run.info.status != "FINISHED"]
     counts = Counter(run.info.run_name for run in runs)
     problems += [f"{name} is there {count} times" for name, count in counts.items() if count > 1]
