@@ -7,8 +7,9 @@ import os
 import signal
 import socket
 import threading
+import time
 import uuid
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,6 +18,7 @@ from orchestration.storage import Storage
 
 NAMESPACE = "mixflow"
 NODE_ANSWERS_S = 30.0  # a node that is gone is Ray's to find
+JOINING_S = 60.0  # for the nodes of a cluster that was started a moment ago
 # glibc would give the pages of every tensor back to the system and fetch new ones for the next: a tenth of the time.
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "536870912"}
 # Of the driver's environment, what every worker is told: which interfaces and transports collectives use, and how.
@@ -169,19 +171,27 @@ def check_local_machine(cluster: Cluster) -> None:
             )
 
 
-def check_resources(cluster: Cluster) -> None:
+def check_resources(cluster: Cluster, say: Callable[[str], None]) -> None:
     """Refuses an experiment whose workers do not fit: Ray would wait for them for ever.
+
+    The nodes of a running cluster, which may have been started a moment ago, are waited for.
 
     Raises:
         ValueError: too few CPUs or GPUs in the cluster.
     """
-    room = room_for(cluster)
-    if room < cluster.least_workers:
-        raise ValueError(
-            f"cluster.num_workers must fit the cluster, whose nodes have room for {room} workers of "
-            f"{cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker} GPUs, got "
-            f"{cluster.least_workers}; lower it"
-        )
+    end = time.monotonic() + (JOINING_S if os.environ.get("RAY_ADDRESS") else 0)
+    told = False
+    while (room := room_for(cluster)) < cluster.least_workers:
+        if time.monotonic() >= end:
+            raise ValueError(
+                f"cluster.num_workers must fit the cluster, whose nodes have room for {room} workers of "
+                f"{cluster.cpus_per_worker:g} CPUs and {cluster.gpus_per_worker} GPUs, got "
+                f"{cluster.least_workers}; lower it"
+            )
+        if not told:
+            say(f"{room} of {cluster.least_workers} workers have room; waiting up to {JOINING_S:g} s for nodes to join")
+        told = True
+        time.sleep(1)
 
 
 def groups_that_fit(cluster: Cluster) -> int:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from orchestration.cluster import NAMESPACE
-from orchestration.storage import open_storage
+from orchestration.storage import open_storage, workspace_id
 from orchestration.tracking import Metric, Tracker
 from orchestration.workflow import Stage, Workspace
 from workers.io import StoppedError
@@ -68,8 +68,9 @@ class Reporter:
     """
 
     def __init__(self, workspace: str, tracking_uri: str, experiment: str, home: str) -> None:
-        self.home = home
-        self.tracker = Tracker(open_storage(workspace), tracking_uri, experiment, f"tracking/{home.split('/')[-1]}")
+        storage = open_storage(workspace)
+        self.home = f"{workspace_id(storage)}/{home}"  # MLflow may hold the same experiment of another workspace
+        self.tracker = Tracker(storage, tracking_uri, experiment, f"tracking/{home.split('/')[-1]}")
         self.latest: dict[str, Any] = {}
         self.starts = 0
         self.refusals: dict[str, str] = {}
@@ -310,9 +311,10 @@ def _fit(
     except ray.exceptions.ActorDiedError as error:
         raise ControllerDiedError("Ray Train's controller died; see the cluster's logs") from error
     except ray.train.TrainingFailedError as error:
-        if ray.get(reporter.is_ending.remote()):  # some workers stopped while others waited for them
+        refused: Any = ray.get(reporter.refused.remote(config["name"]))
+        if not refused and ray.get(reporter.is_ending.remote()):  # some stopped while others waited for them
             return {"stopped": "stopped; what was finished is kept"}
-        raise RunFailedError(cause_of(error)) from error
+        raise RunFailedError(refused or cause_of(error)) from error
     finally:
         reporter.gone.remote(config["name"])
     return result.return_value or {}
@@ -337,8 +339,17 @@ def in_thread(work: Callable[[], T], timeout_s: float | None = None) -> T:
 
 
 def cache_directory() -> Path:
-    """This machine's directory for fetched artifacts and memory maps, keyed by content; safe to remove between runs."""
-    return Path(tempfile.gettempdir()) / f"mixflow-cache-{os.getuid()}"
+    """This machine's directory for fetched artifacts and memory maps, keyed by content; safe to remove between runs.
+
+    Raises:
+        ValueError: somebody else made it, or a link to it, who could change what is read from there.
+    """
+    path = Path(tempfile.gettempdir()) / f"mixflow-cache-{os.getuid()}"
+    path.mkdir(mode=0o700, exist_ok=True)
+    if path.is_symlink() or path.stat().st_uid != os.getuid():
+        raise ValueError(f"{path} must be this user's own directory, got another's or a link; remove it or set TMPDIR")
+    path.chmod(0o700)  # earlier ones may have been open to a group
+    return path
 
 
 def cause_of(error: BaseException) -> str:

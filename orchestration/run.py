@@ -274,7 +274,7 @@ def join_cluster(workspace: Workspace, cleanup: ExitStack, progress: Progress, *
     progress.say(progress.shown)
     cluster.connect(s3_environment(os.environ), dashboard=dashboard)
     cleanup.callback(_leave_cluster)
-    cluster.check_resources(workspace.experiment.cluster)
+    cluster.check_resources(workspace.experiment.cluster, progress.say)
     cluster.check_shared(workspace.storage)
 
 

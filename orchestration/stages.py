@@ -25,7 +25,7 @@ from workers.checkpoint import CheckpointStore
 from workers.codecs import open_codec
 from workers.config import RunConfig
 from workers.data import realised_times, to_pixels
-from workers.disk import scratch_directory
+from workers.disk import room_for, scratch_directory
 from workers.io import RunIO, StoppedError
 from workers.models.family import Network, build
 from workers.models.sd3 import SD3
@@ -116,9 +116,9 @@ def _train(site: Site, stage: Stage, inputs: Inputs, directory: Path, judge: Obj
     io = RunIO(store, report, rank=site.rank, world_size=site.world_size, stopping=site.is_to_stop)
     state = post_train(run, data["train"], data["held_out"], io, initial=initial, device=site.device, judge=judge)
     if site.rank == 0:
-        save_file(
-            {name: value.cpu().contiguous() for name, value in state.ema.items()}, directory / "weights.safetensors"
-        )
+        weights = {name: value.cpu().contiguous() for name, value in state.ema.items()}
+        with room_for(directory / "weights.safetensors", sum(value.nbytes for value in weights.values())):
+            save_file(weights, directory / "weights.safetensors")
         (directory / "history.jsonl").write_text("".join(json.dumps(row) + "\n" for row in state.history))
         (directory / "times.json").write_text(json.dumps(realised_times(run), indent=1))
         (directory / "run.json").write_text(json.dumps(stage.settings["run"], indent=1))
@@ -191,7 +191,8 @@ def _samples(site: Site, stage: Stage, inputs: Inputs, directory: Path) -> dict[
             pixels, labels = torch.cat([s.pixels for s in done]), torch.cat([s.labels for s in done])
             if number == 0:  # before the part's record, so that it is there when the part is
                 sheet = parts.keep(f"{cell}.png", digest, _grid(pixels, directory / f"{cell}.png"), {"evaluations": 0})
-            write_part(directory / name, pixels, labels)
+            with room_for(directory / name, pixels.nbytes):
+                write_part(directory / name, pixels, labels)
             evaluations = sum(s.nfe * len(s.labels) for s in done)
             record = parts.keep(name, digest, directory / name, {"evaluations": evaluations})
             (directory / name).unlink()

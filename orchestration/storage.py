@@ -26,6 +26,7 @@ log = logging.getLogger(__name__)
 _told: set[str] = set()
 
 SET_ASIDE = "set-aside.json"
+WORKSPACE_ID = "workspace-id"
 
 _found_sound: dict[Path, tuple[tuple[int, int, int] | None, str]] = {}
 
@@ -237,6 +238,13 @@ def open_storage(uri: str, patience: Patience = PATIENT) -> Storage:
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
         return LocalStorage(Path(os.path.abspath(unquote(parts.path))))
     raise ValueError(f"{rule}, got {uri!r}; correct the URI")
+
+
+def workspace_id(storage: Storage) -> str:
+    """A workspace's own name, by which its runs in MLflow are told from those of others; made when first asked for."""
+    if not storage.exists(WORKSPACE_ID):
+        storage.put_new(WORKSPACE_ID, uuid.uuid4().hex.encode())
+    return storage.read(WORKSPACE_ID).decode()
 
 
 def clean(path: str) -> str:

@@ -43,6 +43,7 @@ LARGEST_PACKAGE = 20 * 2**20  # bytes; the sources are 1 MiB, and every node of 
 SECRET = re.compile(r"(SECRET|PASSWORD|TOKEN|ACCESS_KEY)(?!.*_(PATH|FILE)$)")
 PATIENCE_S = 60.0  # for a job server that does not answer, before the job is left to itself
 ANSWER_S = 20.0  # for one answer, on which Ray's client sets no limit
+UPLOADED_S = 300.0  # for the package to arrive
 LOOPBACK = re.compile(r"://([^/@]*@)?(localhost|127\.[\d.]+|\[::1\])(?=[:/]|$)")
 ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 
@@ -264,26 +265,36 @@ def _client(address: str) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     try:
-        return JobSubmissionClient(address)
+        return in_thread(partial(JobSubmissionClient, address), ANSWER_S)
     except AuthenticationError as error:
         raise ValueError(
             f"RAY_AUTH_TOKEN must be the token of the cluster at {address}, got another or none; set it or "
             "RAY_AUTH_TOKEN_PATH"
         ) from error
-    except (ConnectionError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
+    except (ConnectionError, RuntimeError, TimeoutError) as error:
+        reason = " ".join(str(error).split()) or f"it does not answer within {ANSWER_S:g} s"
         raise ValueError(
             f"--address must be Ray's job server, got {without_password(address)!r} ({reason[:160]}); correct it"
         ) from error
 
 
 def _start(client: Any, entrypoint: str, environment: dict[str, Any], name: str) -> None:
-    """Starts the job; a job server that has just been started knows of no agent to start it by for a moment."""
+    """Starts the job; a job server that has just been started knows of no agent to start it by for a moment.
+
+    Raises:
+        OSError: the job server does not answer.
+    """
     end = time.monotonic() + PATIENCE_S
+    start = partial(client.submit_job, entrypoint=entrypoint, runtime_env=environment, submission_id=name)
     while True:
         try:
-            client.submit_job(entrypoint=entrypoint, runtime_env=environment, submission_id=name)
+            in_thread(start, UPLOADED_S)
             return
+        except TimeoutError as error:
+            raise OSError(
+                f"the job server has not answered for {UPLOADED_S:g} s; job {name} may have been started, `ray job "
+                f"stop {name}` ends it"
+            ) from error
         except RuntimeError as error:
             if "No available agent" not in str(error) or time.monotonic() > end:
                 raise

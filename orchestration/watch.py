@@ -26,7 +26,8 @@ LOOK_EVERY_S = 1.0
 GROW_EVERY_S = 30.0  # how often an elastic group looks for room for more workers
 FRESH_S = 5.0  # since the last sign of life of a worker of which nothing is feared
 ASK_AGAIN_S = 600.0  # where a group that started again for room did not get it
-PATIENCE_S = 60.0  # for workers that do not come, until the user hears why
+PATIENCE_S = 60.0  # for workers that do not come, until the user hears of it
+REMIND_S = 600.0  # until the user hears of it again
 STOPPING = "stopping after this step, with a checkpoint; once more to stop at once"
 
 
@@ -54,19 +55,22 @@ def watching(reporter: Any, cluster: Cluster, say: Callable[[str], None], lease:
             raise KeyboardInterrupt
         asked.set()
 
-    silence, told, growth = 0.0, False, _Growth(cluster)
+    missing_since, reminders, told, growth = time.monotonic(), 0, False, _Growth(cluster)
+    ends: dict[tuple[str, int], threading.Thread] = {}
 
     def look() -> None:
-        nonlocal silence, told
+        nonlocal missing_since, reminders, told
         if asked.is_set() or (lease and lease.lost):
             reporter.end.remote()  # again and again: a Reporter that was started again knows nothing of it
             if not told:
                 told = True
                 say(STOPPING)
         pulses = _pulses(reporter)
-        silence = 0.0 if pulses or pulses is None else silence + LOOK_EVERY_S
-        if silence == PATIENCE_S and (room := _room(cluster)) < cluster.least_workers:
-            say(f"warning: waiting for {cluster.least_workers} workers; the cluster has room for {room:g}")
+        if pulses or pulses is None:
+            missing_since, reminders = time.monotonic(), 0
+        elif time.monotonic() - missing_since > PATIENCE_S + REMIND_S * reminders:
+            reminders += 1
+            say(f"warning: waiting for {cluster.least_workers} workers; {_room(cluster)}")
         leaving = _draining_nodes() if pulses else {}
         stopping = {pulse.group for pulse in pulses or [] if pulse.node in leaving}
         if more := growth.room_beside(pulses or [], leaving):
@@ -75,9 +79,14 @@ def watching(reporter: Any, cluster: Cluster, say: Callable[[str], None], lease:
         for group in stopping:
             reporter.stop.remote(group)
         for pulse in pulses or []:
-            if pulse.silent_s > cluster.hang_timeout_s:
-                _end(pulse, say)
-                reporter.gone.remote(pulse.group, pulse.rank)
+            which = pulse.node, pulse.pid
+            if pulse.silent_s > cluster.hang_timeout_s and not (which in ends and ends[which].is_alive()):
+                ends[which] = threading.Thread(target=end, args=(pulse,), daemon=True, name="end")
+                ends[which].start()
+
+    def end(pulse: Pulse) -> None:
+        if _end(pulse, say):  # else again, until Ray takes the node for lost
+            reporter.gone.remote(pulse.group, pulse.rank)
 
     def keep_looking() -> None:
         while not done.wait(LOOK_EVERY_S):
@@ -134,14 +143,19 @@ class _Growth:
         return more
 
 
-def _room(cluster: Cluster) -> float:
-    """Workers that the cluster has room for; of a head that does not answer nothing can be said."""
+def _room(cluster: Cluster) -> str:
+    """Why workers may not come."""
     import ray
 
     try:
-        return room_for(cluster)
+        room, free = room_for(cluster), sum(more_room(cluster).values())
     except ray.exceptions.RayError:
-        return math.inf
+        return "the head does not answer"
+    if room < cluster.least_workers:
+        return f"the cluster has room for {room}"
+    if free < cluster.least_workers:
+        return f"the cluster has room for {room}, of which {room - free} are taken"
+    return "the cluster has room for them, and they do not begin; its logs say why (ray logs)"
 
 
 def _pulses(reporter: Any) -> list[Pulse] | None:
@@ -166,8 +180,12 @@ def _draining_nodes() -> dict[str, int]:
         return {}  # the head does not answer; asked again in a second
 
 
-def _end(pulse: Pulse, say: Callable[[str], None]) -> None:
-    """Logs the stack of a worker that hangs and kills it: Ray Train then starts the group again."""
+def _end(pulse: Pulse, say: Callable[[str], None]) -> bool:
+    """Logs the stack of a worker that hangs and kills it: Ray Train then starts the group again.
+
+    Returns:
+        Whether it is gone; False if its node did not answer.
+    """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -181,9 +199,10 @@ def _end(pulse: Pulse, say: Callable[[str], None]) -> None:
         )
     except ray.exceptions.RayError as error:
         say(f"warning: {who} has been silent for {pulse.silent_s:.0f} s, and its node does not answer ({error})")
-        return
+        return False
     if stack is not None:
         say(f"warning: {who} has been silent for {pulse.silent_s:.0f} s and was killed; it was at\n{stack}")
+    return True
 
 
 def end_process(pid: int, born: float) -> str | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import tempfile
 import threading
 import uuid
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from workers.disk import NoRoomError, PermanentError, room_for, scratch_directory
+from workers.disk import NoRoomError, PermanentError, scratch_directory
 from workers.manifest import MANIFEST, CorruptError, FileEntry, Manifest
 
 log = logging.getLogger(__name__)
@@ -298,7 +297,7 @@ class CheckpointStore:
         """Puts this rank's files where they belong; what went wrong with it, which the others are to hear."""
         entries: dict[str, FileEntry] = {}
         try:
-            with room_for(Path(tempfile.gettempdir()), state.num_bytes), scratch_directory() as scratch:
+            with scratch_directory(state.num_bytes) as scratch:
                 state.write_tensors(scratch)
                 if rank == 0:
                     state.write_rest(scratch, self.about)

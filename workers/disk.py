@@ -28,12 +28,12 @@ class PermanentError(OSError):
 
 
 @contextmanager
-def room_for(path: Path, num_bytes: int) -> Iterator[None]:
+def room_for(path: Path, num_bytes: int = 0) -> Iterator[None]:
     """Says what a write that finds no room needs and what is free, once the write's own leavings are gone.
 
     Args:
         path: what is written, a file or a directory.
-        num_bytes: what it needs, in bytes.
+        num_bytes: what it needs, in bytes; 0 if that is not known.
 
     Raises:
         NoRoomError: the disk, or the user's quota on it, is full.
@@ -47,18 +47,31 @@ def room_for(path: Path, num_bytes: int) -> Iterator[None]:
         if getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT) and not told_in_words:
             raise
         there = next(place for place in (path, *path.parents) if place.exists())
+        needed = f" of {num_bytes:,} needed" if num_bytes else ""
         raise NoRoomError(
-            f"the disk must have room for {path}, got {shutil.disk_usage(there).free:,} bytes free of {num_bytes:,} "
-            "needed; free some and run the same command again"
+            f"the disk must have room for {path}, got {shutil.disk_usage(there).free:,} bytes free{needed}; free some "
+            "and run the same command again"
         ) from error
 
 
 @contextmanager
-def scratch_directory() -> Iterator[Path]:
+def scratch_directory(num_bytes: int = 0) -> Iterator[Path]:
     """An empty temporary directory, removed at the end; those whose processes were killed are removed at the start.
 
     An flock tells whose process still lives, also where containers with process numbers of their own share the disk.
+
+    Args:
+        num_bytes: what it has to hold, in bytes; 0 if that is not known.
+
+    Raises:
+        NoRoomError: the disk is full.
     """
+    with room_for(Path(tempfile.gettempdir()), num_bytes), _scratch_directory() as files:
+        yield files
+
+
+@contextmanager
+def _scratch_directory() -> Iterator[Path]:
     for left in Path(tempfile.gettempdir()).glob(f"{_SCRATCH}*"):
         _remove_if_left(left)
     home = _take()

@@ -20,7 +20,7 @@ import torch
 
 from workers.columns import as_column, describe_column, from_column, read_about, write_table
 from workers.data import SPLITS, CaptionTable, ImageSet, Split, slice_of
-from workers.disk import is_the_disks
+from workers.disk import is_the_disks, room_for
 from workers.manifest import MANIFEST, CorruptError, Manifest
 
 SCHEMA_VERSION = 3
@@ -292,6 +292,7 @@ def open_shards(directory: Path, manifest: Manifest, cache: Path) -> dict[Split,
 
     Raises:
         ValueError: see read_shards. CorruptError: a file is not what the manifest says, or was replaced meanwhile.
+        NoRoomError: the cache's disk is full.
     """
     home = cache / f"{manifest.digest[:16]}-{SCHEMA_VERSION}"
     cache.mkdir(parents=True, exist_ok=True)
@@ -302,14 +303,17 @@ def open_shards(directory: Path, manifest: Manifest, cache: Path) -> dict[Split,
             for left in cache.glob(f".unpacking-{home.name}-*"):  # by a process that was killed
                 shutil.rmtree(left, ignore_errors=True)
             scratch = Path(tempfile.mkdtemp(dir=cache, prefix=f".unpacking-{home.name}-"))
-            for split in SPLITS:
-                _unpack(directory, split, scratch)
-            _unpack_captions(directory, scratch)
-            if problems := manifest.problems(directory):  # looked at again: it may have been replaced while it was read
-                shutil.rmtree(scratch)
-                raise CorruptError(str(directory), *problems[0].split(" ", 1))
-            (scratch / MANIFEST).write_text(Manifest.describe(scratch, {}).to_json())
-            os.replace(scratch, home)
+            try:
+                for split in SPLITS:
+                    _unpack(directory, split, scratch)
+                _unpack_captions(directory, scratch)
+                # Looked at again: it may have been replaced while it was read.
+                if problems := manifest.problems(directory):
+                    raise CorruptError(str(directory), *problems[0].split(" ", 1))
+                (scratch / MANIFEST).write_text(Manifest.describe(scratch, {}).to_json())
+                os.replace(scratch, home)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)
     captions = None
     if (home / "captions.json").exists():
         names = json.loads((home / "captions.json").read_text())
@@ -352,7 +356,12 @@ class _Maps:
         for name, values in part.items():
             if name not in self._maps:
                 file, shape = self.directory / f"{self.prefix}{name}.npy", (self.total, *values.shape[1:])
-                self._maps[name] = np.lib.format.open_memmap(file, mode="w+", dtype=values.dtype, shape=shape)
+                array = np.lib.format.open_memmap(file, mode="w+", dtype=values.dtype, shape=shape)
+                size = file.stat().st_size
+                # A map's file has holes, and a disk that is full when they are filled is the process's end.
+                with room_for(file, size), file.open("r+b") as holes:
+                    os.posix_fallocate(holes.fileno(), 0, size)
+                self._maps[name] = array
             self._maps[name][self._filled : self._filled + len(values)] = values
         self._filled += len(values)
 

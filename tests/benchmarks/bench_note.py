@@ -90,7 +90,7 @@ def machine() -> dict[str, Any]:
         "os": _os(),
         "host": socket.gethostname(),
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
-        "commit": _commit(),
+        "commit": commit(),
         "load_before": os.getloadavg()[0],
     }
 
@@ -120,7 +120,9 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _commit() -> str:
+def commit() -> str:
+    """Of this working tree; what is not committed in it is said."""
+
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from bench_note import commit, now
+
 
 def read_results(path: Path) -> list[dict[str, Any]]:
     """The rounds that are there; a last line that was cut off while it was written is removed."""
@@ -21,4 +23,4 @@ def append_result(path: Path, entry: Mapping[str, Any]) -> None:
     """Adds a round."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write(json.dumps(entry) + "\n")
+        file.write(json.dumps({**entry, "commit": commit(), "at": now()}) + "\n")

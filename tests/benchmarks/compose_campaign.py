@@ -6,8 +6,8 @@ In the project's directory, where the cluster is up, with podman or Docker (CONT
 `mixflow submit -- train` of a small quickstart. A round is the same job in another workspace, in which the first
 process of a container gets SIGKILL from outside, a few seconds after training was seen to go on: in even rounds
 MLflow's and then a worker's, in odd ones the head's, where the same command has to be given again. A round passes when
-the SHA-256 of all files are those of the quiet job, MLflow holds each run once, none of them running, with each logged
-step once, and every container is healthy again. `recovered_s` is the time from the last kill to the next step in
+the SHA-256 of all files are those of the quiet job, MLflow holds each run once, finished, with the quiet job's losses,
+each step once, and every container is healthy again. `recovered_s` is the time from the last kill to the next step in
 training. Each round is one JSON line in the result file, and a campaign that was stopped goes on after the rounds that
 are there.
 """
@@ -27,12 +27,14 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 sys.path.append(str(Path(__file__).parents[1] / "orchestration"))
 from campaigns import append_result, read_results
 from clusters import Run, small
 from mlflow import MlflowClient
 from nodes_campaign import files_of
-from ray_kill_campaign import LOG_EVERY, STEPS, goes_on, problems_in_mlflow, restarts, steps_told
+from ray_kill_campaign import LOG_EVERY, STEPS, Wanted, goes_on, losses_of, restarts, steps_told
 
 from orchestration.doctor import COMPOSE_ENV, read_env
 
@@ -56,10 +58,20 @@ def containers(service: str = "") -> dict[str, dict[str, Any]]:
 
 
 def kill(service: str, numbers: random.Random) -> str:
-    """SIGKILL to the first process of one of a service's containers; an engine's own kill would not be restarted."""
-    name, state = numbers.choice(sorted(containers(service).items()))
+    """SIGKILL to the first process of one of a service's containers; an engine's own kill would not be restarted.
+
+    Of workers it is one that has a process of the group: a container of two CPUs may hold both.
+    """
+    found = sorted(containers(service).items())
+    if service == "worker":
+        found = [(name, state) for name, state in found if _has_group(state["Pid"])]
+    name, state = numbers.choice(found)
     os.kill(state["Pid"], signal.SIGKILL)
     return name
+
+
+def _has_group(pid: int) -> bool:
+    return any("RayTrainWorker" in " ".join(each.cmdline()[:1]) for each in psutil.Process(pid).children(True))
 
 
 def all_healthy(names: set[str]) -> bool:
@@ -80,7 +92,7 @@ def place(name: str) -> str:
     return f"s3://mixflow/{name}"
 
 
-def play(seed: int, name: str, wanted: dict[str, str], scratch: Path) -> dict[str, Any]:
+def play(seed: int, name: str, wanted: Wanted, scratch: Path) -> dict[str, Any]:
     """One round."""
     numbers = random.Random(seed)
     services = ["head"] if seed % 2 else ["mlflow", "worker"]
@@ -104,9 +116,9 @@ def play(seed: int, name: str, wanted: dict[str, str], scratch: Path) -> dict[st
     run.answer()
     while not all_healthy(names) and time.monotonic() < start + HEALTHY_S:
         time.sleep(1)
-    problems = [] if files_of(place(name)) == wanted else ["files differ"]
+    problems = [] if files_of(place(name)) == wanted.files else ["files differ"]
     problems += [] if all_healthy(names) else [f"not healthy: {containers()}"]
-    problems += problems_in_mlflow(MlflowClient(), name)
+    problems += wanted.problems_in_mlflow(MlflowClient(), name)
     entry = {"seed": seed, "killed": killed, "commands": commands, "recovered_s": recovered_s}
     return {**entry, "problems": problems, "passed": not problems}
 
@@ -135,8 +147,9 @@ def main() -> int:
     rounds, sitting = read_results(options.results), uuid.uuid4().hex[:6]
     with tempfile.TemporaryDirectory(prefix="mixflow-compose-") as directory:
         scratch = Path(directory)
-        print(json.dumps(submitted(f"quiet-{sitting}", scratch / "quiet").answer()["tracking"]), flush=True)
-        wanted = files_of(place(f"quiet-{sitting}"))
+        quiet = f"quiet-{sitting}"
+        print(json.dumps(submitted(quiet, scratch / "quiet").answer()["tracking"]), flush=True)
+        wanted = Wanted(files_of(place(quiet)), losses_of(MlflowClient(), quiet))
         for seed in range(len(rounds), options.rounds):
             rounds.append(play(seed, f"round-{seed}-{sitting}", wanted, scratch))
             append_result(options.results, rounds[-1])

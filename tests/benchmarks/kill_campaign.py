@@ -4,8 +4,8 @@
 
 One round is one run with one to four kills, then restarts with the same command until it finishes. A round is equal
 when the files of its last checkpoint (weights, averaged weights, optimiser, metric history) are, by SHA-256, those of
-the run that was never killed. Each round is one JSON line in the result file, and a campaign that was itself stopped
-goes on after the rounds that are there.
+the run that was never killed, and the newest checkpoint could be loaded after each kill. Each round is one JSON line in
+the result file, and a campaign that was itself stopped goes on after the rounds that are there.
 
 Kills come at random times (`random`), or when the process is about to put some file of some checkpoint in place
 (`writing`), which leaves a torn checkpoint behind. Runs are forked from this process, which has imported torch and
@@ -34,9 +34,10 @@ import torch._dynamo  # AdamW imports it on its first use: a second that each ch
 from campaigns import append_result, read_results
 
 from orchestration.storage import Storage, open_storage
-from workers.checkpoint import CheckpointStore
+from workers.checkpoint import CheckpointStore, TrainState
 from workers.config import RunConfig
 from workers.data import ImageSet
+from workers.disk import scratch_directory
 from workers.io import RunIO
 from workers.manifest import Manifest
 from workers.train import post_train
@@ -137,6 +138,16 @@ def newest(directory: Path) -> Manifest | None:
     return storage.manifest(path) if path else None
 
 
+def loads(directory: Path) -> bool:
+    """Whether the newest checkpoint is read, with the step of its manifest; of none there is nothing to read."""
+    manifest, storage = newest(directory), open_storage(str(directory))
+    if manifest is None:
+        return True
+    path = CheckpointStore(storage, CHECKPOINTS, keep=1, about={}).newest()
+    with scratch_directory() as scratch:
+        return TrainState.read(storage.fetch(path, scratch / "it")).step == manifest.meta["step"]
+
+
 def num_torn(directory: Path) -> int:
     """Checkpoint directories without a manifest."""
     return sum(not (path / "manifest.json").exists() for path in (directory / CHECKPOINTS).glob("step-*"))
@@ -161,6 +172,7 @@ def kill_once(directory: Path, aim: str, numbers: random.Random, duration: float
     return {
         "aim": aim,
         "killed": os.WIFSIGNALED(status),  # False: the run was done before the kill came
+        "loads": loads(directory),
         "after_s": round(time.monotonic() - start, 4),
         "step_reached": manifest.meta["step"] if manifest else 0,
         "torn": num_torn(directory) > torn_before,
@@ -176,7 +188,12 @@ def play_round(number: int, kills: int, reference: str, duration: float, scratch
     digest = finish(directory)
     shutil.rmtree(directory)
     kept = [kill for kill in made if kill["killed"]]
-    return {"seed": number, "kills": kept, "digest": digest, "equal": digest == reference}
+    return {
+        "seed": number,
+        "kills": kept,
+        "digest": digest,
+        "equal": digest == reference and all(kill["loads"] for kill in made),
+    }
 
 
 def _fresh(directory: Path) -> Path:

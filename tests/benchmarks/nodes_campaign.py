@@ -5,7 +5,8 @@
 Every node has a network namespace with an address of its own; artifacts lie on a Ceph RADOS Gateway. A round is one
 `mixflow train` of a small quickstart in reproducible mode with `num_workers: [1, 2]`, on a head without CPUs and two
 nodes of one CPU. Twice, at random moments, a random node that has a worker is lost: once all of its processes are
-killed (`killed`), once its cable is taken out for good (`cut`), in random order. The run has to go on with the one
+killed (`killed`), once it is cut off for good, in random order: its cable is taken out (`cut`, in even rounds), or it
+still reaches the store and nobody else (`parted`, in odd ones from the third on). The run has to go on with the one
 worker that is left; then another node is added, and the run has to take it in. A round is equal when the SHA-256 of all
 files that the run made are those of the quiet run, on two workers and a local disk, and MLflow has heard everything.
 `recovered_s` is the time from a loss to the next step in training. Each round is one JSON line in the result file, and
@@ -33,12 +34,12 @@ sys.path.append(str(Path(__file__).parents[1] / "orchestration"))
 import s3_servers
 from campaigns import append_result, read_results
 from clusters import RESULT_KINDS, Run, small
-from netns_nodes import AUTHENTICATION, HOST, Nodes, network, nodes_of
+from netns_nodes import AUTHENTICATION, HOST, STORE, Nodes, network, nodes_of
 
 from orchestration.storage import open_storage
 
 RESULTS = Path(__file__).parent / "results" / "nodes_campaign.jsonl"
-LOSSES, STEPS = ("killed", "cut"), 600  # of each of six arms
+LOSSES, STEPS = ("killed", "cut", "parted"), 600  # of each of six arms
 STEPS_SMALL = 200
 
 
@@ -83,7 +84,7 @@ def lose(run: Run, nodes: Nodes, how: str, numbers: random.Random, steps: int) -
     run.until(lambda: place(run)[0] > begin[0] or place(run)[1] >= aim, "the step at which a node is lost", 400)
     at, starts, start = place(run), starts_of(run), time.monotonic()
     node = numbers.choice(nodes.with_workers())
-    nodes.kill(node) if how == "killed" else nodes.cut(node)
+    {"killed": nodes.kill, "cut": nodes.cut, "parted": nodes.part}[how](node)
     run.until(lambda: starts_of(run) > starts and place(run) != at, "it goes on without the node", 400)
     return {"how": how, "stage": at[0], "step": at[1], "recovered_s": round(time.monotonic() - start, 1)}
 
@@ -105,7 +106,7 @@ def play(number: int, bridge: str, wanted: dict[str, str], scratch: Path, *, is_
     workspace = f"s3://{s3_servers.BUCKET}/round-{number}"
     environment = {
         **AUTHENTICATION,
-        "NO_PROXY": f"127.0.0.1,{HOST}",
+        "NO_PROXY": f"127.0.0.1,{HOST},{STORE}",
         "MIXFLOW_WORKSPACE": workspace,
         "MLFLOW_TRACKING_URI": f"sqlite:///{directory}/mlflow.db",
     }
@@ -114,7 +115,8 @@ def play(number: int, bridge: str, wanted: dict[str, str], scratch: Path, *, is_
         elastic = [*command(steps), "--set", "cluster.num_workers=[1,2]"]
         run = Run(elastic, directory, {**environment, "RAY_ADDRESS": nodes.address})
         lost = []
-        for another, how in enumerate(["killed"] if is_small else numbers.sample(LOSSES, len(LOSSES)), 4):
+        off = "parted" if number % 2 and number > 1 else "cut"
+        for another, how in enumerate(["killed"] if is_small else numbers.sample(["killed", off], 2), 4):
             lost.append(lose(run, nodes, how, numbers, steps))
             if not is_small:
                 grow(run, nodes, another)
@@ -131,7 +133,7 @@ def campaign(results: Path, rounds: int, scratch: Path, *, is_small: bool) -> li
     Run(command(STEPS_SMALL if is_small else STEPS), scratch / "quiet", {"MIXFLOW_WORKSPACE": workspace}).answer()
     wanted = files_of(workspace)
     print(f"the quiet run made {len(wanted)} files; {len(played)} rounds are there", flush=True)
-    with network() as bridge, s3_servers.ceph(scratch / "ceph", HOST) as ceph:
+    with network() as bridge, s3_servers.ceph(scratch / "ceph", STORE) as ceph:
         # Credentials are the nodes' own; this process reads the results.
         os.environ.update(s3_servers.s3_variables(ceph.endpoint))
         for number in range(len(played), rounds):

@@ -6,8 +6,8 @@ A round is one `mixflow train` of a small quickstart on two workers, and up to f
 processes (the driver, a worker, Ray Train's controller, the process that speaks to MLflow, the raylet, the head's
 server) dies up to six seconds after training was seen to go on. Where that ends the command, the same command is given
 again. A round passes when the SHA-256 of all files that the run made are those of the quiet run, and MLflow holds each
-run once, none of them running, with each logged step once. `recovered_s` is the time from a kill to the next step in
-training, with the command given again where the kill ended it; the last kill of a round may have none after it. Each
+run once, finished, with the quiet run's losses, each step once. `recovered_s` is the time from a kill to the next step
+in training, with the command given again where the kill ended it; the last kill of a round may have none after it. Each
 round is one JSON line in the result file, and a campaign that was stopped goes on after the rounds that are there.
 `kill_campaign.py` kills the loop's process alone.
 """
@@ -21,6 +21,8 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -102,7 +104,7 @@ def kill(run: Run, victim: str, numbers: random.Random) -> dict[str, Any] | None
     return {"victim": victim, "stage": stage, "step": int(step), "at": killed_at}
 
 
-def play(seed: int, most_kills: int, wanted: dict[str, str], scratch: Path) -> dict[str, Any]:
+def play(seed: int, most_kills: int, victims: Sequence[str], wanted: Wanted, scratch: Path) -> dict[str, Any]:
     """One round."""
     numbers, directory = random.Random(seed), scratch / f"round-{seed}"
     workspace, kills, commands = directory / "workspace", list[dict[str, Any]](), 0
@@ -115,7 +117,7 @@ def play(seed: int, most_kills: int, wanted: dict[str, str], scratch: Path) -> d
             recovered(kills)
         elif run.process.poll() == 0:
             break
-        if done := kill(run, numbers.choice(list(VICTIMS)), numbers):
+        if done := kill(run, numbers.choice(victims), numbers):
             kills.append(done)
         told = len(steps_told(run))
     while run is None or run.wait() != 0:
@@ -125,8 +127,8 @@ def play(seed: int, most_kills: int, wanted: dict[str, str], scratch: Path) -> d
         run = Run(COMMAND, directory / f"command-{commands}", {"MIXFLOW_WORKSPACE": str(workspace)})
     for one in kills:
         one.pop("at", None)
-    problems = [] if results_of(workspace) == wanted else ["files differ"]
-    problems += problems_in_mlflow(MlflowClient(f"sqlite:///{workspace}/mlflow.db"), "quickstart")
+    problems = [] if results_of(workspace) == wanted.files else ["files differ"]
+    problems += wanted.problems_in_mlflow(MlflowClient(f"sqlite:///{workspace}/mlflow.db"), "quickstart")
     return {"seed": seed, "kills": kills, "commands": commands, "problems": problems, "passed": not problems}
 
 
@@ -136,33 +138,49 @@ def recovered(kills: list[dict[str, Any]]) -> None:
         kills[-1]["recovered_s"] = round(time.monotonic() - kills[-1].pop("at"), 1)
 
 
-def problems_in_mlflow(client: MlflowClient, experiment: str) -> list[str]:
-    """Runs that are there twice or still running, and steps that are not there once."""
-    runs = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
-    problems = [f"{run.info.run_name} is {run.info.status}" for run in runs if run.info.status != "FINISHED"]
-    counts = Counter(run.info.run_name for run in runs)
-    problems += [f"{name} is there {count} times" for name, count in counts.items() if count > 1]
-    for run in runs:
+def losses_of(client: MlflowClient, experiment: str) -> dict[str, list[tuple[int, float]]]:
+    """Steps and losses of each trained run of an experiment in MLflow, in order."""
+    found = {}
+    for run in client.search_runs([client.get_experiment_by_name(experiment).experiment_id]):
         if run.info.run_name.split("/")[0] in ("standard", "mixflow", "matched"):
-            steps = sorted(row.step for row in client.get_metric_history(run.info.run_id, "train/loss"))
-            if steps != list(range(LOG_EVERY, STEPS + 1, LOG_EVERY)):
-                problems.append(f"steps of {run.info.run_name}: {steps}")
-    return problems
+            rows = client.get_metric_history(run.info.run_id, "train/loss")
+            found[run.info.run_name] = sorted((row.step, row.value) for row in rows)
+    return found
+
+
+@dataclass
+class Wanted:
+    """What the quiet run left: SHA-256 of its files, and losses_of it."""
+
+    files: dict[str, str]
+    losses: dict[str, list[tuple[int, float]]]
+
+    def problems_in_mlflow(self, client: MlflowClient, experiment: str) -> list[str]:
+        """Runs that are there twice or are not finished, and other losses than the quiet run's."""
+        runs = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+        problems = [f"{run.info.run_name} is {run.info.status}" for run in runs if run.info.status != "FINISHED"]
+        counts = Counter(run.info.run_name for run in runs)
+        problems += [f"{name} is there {count} times" for name, count in counts.items() if count > 1]
+        found = losses_of(client, experiment)
+        return problems + [f"losses of {n}" for n in self.losses | found if self.losses.get(n) != found.get(n)]
 
 
 def main() -> int:
     """Command line; 1 if any round did not pass."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--only", nargs="+", choices=list(VICTIMS), default=list(VICTIMS), help="kill these alone")
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     rounds = read_results(options.results)
     with tempfile.TemporaryDirectory(prefix="mixflow-kills-") as name:
         scratch = Path(name)
         Run(COMMAND, scratch / "quiet", {"MIXFLOW_WORKSPACE": str(scratch / "quiet/workspace")}).answer()
-        wanted = results_of(scratch / "quiet/workspace")
+        quiet = scratch / "quiet/workspace"
+        client = MlflowClient(f"sqlite:///{quiet}/mlflow.db")
+        wanted = Wanted(results_of(quiet), losses_of(client, "quickstart"))
         while (made := sum(len(entry["kills"]) for entry in rounds)) < options.kills:
-            entry = play(len(rounds), min(KILLS_A_ROUND, options.kills - made), wanted, scratch)
+            entry = play(len(rounds), min(KILLS_A_ROUND, options.kills - made), options.only, wanted, scratch)
             rounds.append(entry)
             append_result(options.results, entry)
             print(entry, flush=True)

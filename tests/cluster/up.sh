@@ -12,7 +12,6 @@ cd "$(dirname "$0")/../.."
 export CONTAINERS_CONF=$PWD/tests/cluster/containers.conf DOCKER_HOST=unix://$DIR/podman.sock
 
 build() { # IMAGE ARGUMENT...
-  podman image exists "localhost/$1" && return
   nice buildah bud --isolation chroot --network host --format docker --pull-never --layers -t "localhost/$1" \
     --build-arg BASE=localhost/python-base "${@:2}" . >>"$DIR/build.log" 2>&1
 }

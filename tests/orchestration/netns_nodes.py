@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -15,8 +14,9 @@ import psutil
 from clusters import answers, inherited, kill_family
 from mlflow_servers import free_port, wait_until
 
-NETWORK = "10.199.77"  # the host is .1
-HOST = f"{NETWORK}.1"
+NETWORK = "10.199.77"  # the host is .1, and .254 as the object store
+HOST, STORE = f"{NETWORK}.1", f"{NETWORK}.254"
+NODES = f"{NETWORK}.0/25"  # the head and all nodes, and not the store
 # Of Ray's agent at its default port, as every namespace has all ports.
 PROBE = "import urllib.request as u; u.urlopen('http://127.0.0.1:52365/api/local_raylet_healthz', timeout=5)"
 AUTHENTICATION = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 2}
@@ -30,7 +30,8 @@ class Nodes:
         self._directory, port = f"/tmp/mixflow-nodes-{os.getpid()}", free_port()
         self.address = f"{HOST}:{port}"
         self._nodes: dict[int, psutil.Popen] = {}
-        self._env = {**inherited(), **AUTHENTICATION, "NO_PROXY": f"127.0.0.1,{HOST}"}
+        self._lost: set[int] = set()
+        self._env = {**inherited(), **AUTHENTICATION, "NO_PROXY": f"127.0.0.1,{HOST},{STORE}"}
         dashboard, agent = free_port(), free_port()
         arguments = ["--head", f"--port={port}", "--num-cpus=0", f"--node-ip-address={HOST}"]
         arguments += [f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1", f"--temp-dir={self._directory}"]
@@ -43,7 +44,7 @@ class Nodes:
             raise
 
     def add(self, number: int) -> None:
-        """Starts node `number`, 2 to 250, and waits until it has joined."""
+        """Starts node `number`, 2 to 126, and waits until it has joined."""
         space, cable = f"{self.bridge}-{number}", f"{self.bridge}v{number}"
         ip("netns", "add", space)
         ip("link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", space)
@@ -59,16 +60,17 @@ class Nodes:
 
     def with_workers(self) -> list[int]:
         """The nodes on which a worker of Ray Train is at work, by its title; none that was cut off or killed."""
-        return [number for number, node in self._nodes.items() if self.is_up(number) and _has_worker(node)]
-
-    def is_up(self, number: int) -> bool:
-        """Whether the node's cable is in."""
-        shown = subprocess.run(["ip", "link", "show", f"{self.bridge}v{number}"], capture_output=True, text=True)
-        return bool(re.search(r"[<,]UP[,>]", shown.stdout))
+        return [number for number, node in self._nodes.items() if number not in self._lost and _has_worker(node)]
 
     def cut(self, number: int) -> None:
         """Takes the cable out, for good: the node lives, and nobody reaches it."""
         ip("link", "set", f"{self.bridge}v{number}", "down")
+        self._lost.add(number)
+
+    def part(self, number: int) -> None:
+        """For good, nothing of the node reaches the head and other nodes any more; the object store it reaches."""
+        ip("-n", f"{self.bridge}-{number}", "route", "add", "blackhole", NODES)
+        self._lost.add(number)
 
     def kill(self, number: int) -> None:
         """kill -9 of all of the node's processes."""
@@ -112,11 +114,12 @@ def ip(*arguments: str) -> None:
 
 @contextmanager
 def network() -> Iterator[str]:
-    """A bridge with the address HOST; its name. Needs root and iproute2."""
+    """A bridge with the addresses HOST and STORE; its name. Needs root and iproute2."""
     bridge = f"mf{os.getpid() % 100000}"
     ip("link", "add", bridge, "type", "bridge")
     try:
-        ip("addr", "add", f"{HOST}/24", "dev", bridge)
+        for address in (HOST, STORE):
+            ip("addr", "add", f"{address}/24", "dev", bridge)
         ip("link", "set", bridge, "up")
         yield bridge
     finally:

@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import re
 import shlex
 import signal
 import stat
@@ -393,13 +394,17 @@ def test_the_line_of_a_dry_run_does_the_same(head: dict[str, str], tmp_path: Pat
 
 @pytest.mark.ray
 def test_sigterm_stops_the_job_and_keeps_its_checkpoint(head: dict[str, str], tmp_path: Path) -> None:
-    steps = small(name="stopped", base__train__steps=100000, base__train__checkpoint_every=20)
+    steps = small(
+        name="stopped", base__train__steps=100000, base__train__checkpoint_every=100000, base__train__log_every=20
+    )
     run = Run(["submit", "--json", "--", "run", "quickstart", *steps], tmp_path, _user(head))
-    checkpoints = Path(head["WORKSPACE"]) / "checkpoints"
-    run.until(lambda: list(checkpoints.glob("base-*/step-*/manifest.json")), "a checkpoint of the base")
+    run.until(lambda: " step 20/100000" in run.said(), "training of the base")
     run.process.send_signal(signal.SIGTERM)
     assert run.wait() == 1, run.said()
     answer = json.loads(run.out.read_text())
     assert answer["status"] == "STOPPED"
     assert "stopping the job, so that it leaves a checkpoint" in run.said()
-    assert list(checkpoints.glob("base-*/step-*/manifest.json"))
+    (kept,) = (Path(head["WORKSPACE"]) / "checkpoints").glob("base-*/step-*/manifest.json")
+    step = re.search(r"stopped after step (\d+)", run.said())
+    assert step, run.said()
+    assert kept.parent.name.startswith(f"step-{int(step[1]):09d}-")

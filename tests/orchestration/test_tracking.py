@@ -738,6 +738,18 @@ def test_the_start_of_a_run_outlives_the_process_that_was_told_of_it(workspace):
     reporter.tracker.close()
 
 
+def test_the_runs_of_two_workspaces_are_not_taken_for_one_another(tmp_path):
+    """Both may hold the same experiment, and be told of to the same MLflow."""
+    one, another = (
+        Reporter(str(tmp_path / name), "http://127.0.0.1:9", "experiment", "experiments/it") for name in ("a", "b")
+    )
+    again = Reporter(str(tmp_path / "a"), "http://127.0.0.1:9", "experiment", "experiments/it")
+    assert one.key("arms/x/0") == again.key("arms/x/0") != another.key("arms/x/0")
+    assert one.key("arms/x/0").endswith("/experiments/it/arms/x/0")
+    for reporter in (one, another, again):
+        reporter.tracker.close()
+
+
 def test_the_default_is_sqlite_in_a_local_workspace(tmp_path, monkeypatch):
     local, remote = open_storage(str(tmp_path / "new")), open_storage("s3://bucket/prefix")
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)

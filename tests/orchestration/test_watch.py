@@ -168,7 +168,7 @@ def test_a_signal_to_the_driver_stops_all_groups_and_a_second_ends_at_once(repor
 
 def test_a_silent_worker_alone_is_ended_and_once(reporter, monkeypatch):
     ended = []
-    monkeypatch.setattr("orchestration.watch._end", lambda pulse, say: ended.append(pulse.rank))
+    monkeypatch.setattr("orchestration.watch._end", lambda pulse, say: not ended.append(pulse.rank))
     now = [1000.0]
     monkeypatch.setattr("orchestration.launch.time", SimpleNamespace(monotonic=lambda: now[0]))
     reporter.alive(pulse(0))
@@ -182,6 +182,44 @@ def test_a_silent_worker_alone_is_ended_and_once(reporter, monkeypatch):
         until(lambda: ended)
         time.sleep(0.3)
     assert ended == [1]
+
+
+def test_a_silent_worker_whose_node_does_not_answer_is_asked_for_again(reporter, monkeypatch):
+    answers, asked = [False, False, True], []
+
+    def end(pulse, say):
+        asked.append(pulse.rank)
+        return answers.pop(0)
+
+    monkeypatch.setattr("orchestration.watch._end", end)
+    now = [1000.0]
+    monkeypatch.setattr("orchestration.launch.time", SimpleNamespace(monotonic=lambda: now[0]))
+    reporter.alive(pulse(1))
+    now[0] += 6
+    with watching(Actor(reporter), Cluster(hang_timeout_s=5), pytest.fail):
+        until(lambda: not reporter.pulses())
+        time.sleep(0.3)
+    assert asked == [1, 1, 1]
+
+
+def test_workers_that_do_not_come_are_spoken_of_again_and_again(reporter, monkeypatch):
+    monkeypatch.setattr("orchestration.watch.PATIENCE_S", 0.1)
+    monkeypatch.setattr("orchestration.watch.REMIND_S", 0.1)
+    room, free, said = [4], {"a": 1}, []
+    monkeypatch.setattr("orchestration.watch.room_for", lambda cluster: room[0])
+    monkeypatch.setattr("orchestration.watch.more_room", lambda cluster: free)
+    with watching(Actor(reporter), Cluster(num_workers=2), said.append):
+        until(lambda: len(said) >= 2)
+        assert set(said) == {"warning: waiting for 2 workers; the cluster has room for 4, of which 3 are taken"}
+        free["b"] = 1
+        until(lambda: "the cluster has room for them, and they do not begin" in said[-1])
+        room[0] = 1
+        until(lambda: said[-1] == "warning: waiting for 2 workers; the cluster has room for 1")
+        reporter.alive(pulse(0))
+        time.sleep(0.2)
+        count = len(said)
+        time.sleep(0.3)
+        assert len(said) == count
 
 
 def test_a_worker_that_is_done_is_not_taken_for_hung(reporter):

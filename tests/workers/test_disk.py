@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from workers.data import digits
-from workers.disk import scratch_directory
+from workers.disk import NoRoomError, scratch_directory
 from workers.sample import read_part
 from workers.shards import read_shards, write_shards
 
@@ -45,6 +47,19 @@ def test_only_what_a_killed_process_left_is_removed(tmp_path: Path, monkeypatch:
             holder.wait()
     with scratch_directory():
         assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_full_disk_under_a_scratch_directory_is_one_line(small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(small_disk))
+    line = rf"the disk must have room for {small_disk}, got [\d,]+ bytes free{{}}; free some and run the same command"
+    with pytest.raises(NoRoomError, match=line.format("")), scratch_directory() as scratch:
+        (scratch / "large").write_bytes(bytes(2**21))
+    with (
+        pytest.raises(NoRoomError, match=line.format(" of 2,097,152 needed")),
+        scratch_directory(2**21) as scratch,
+    ):
+        save_file({"large": torch.zeros(2**19)}, scratch / "large")
+    assert not list(small_disk.iterdir())
 
 
 @pytest.mark.parametrize(("number", "is_input"), [(errno.EIO, False), (errno.ESTALE, False), (errno.EACCES, True)])

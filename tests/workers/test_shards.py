@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import re
 
 import numpy as np
 import pyarrow as pa
@@ -15,6 +16,7 @@ from worker_toys import latents, pixels, run_config
 from mixflow_core.rng import generator
 from workers.columns import as_column
 from workers.data import CaptionTable, ImageSet, batch_rows, digits, join, realised_times, shard_batch, to_pixels
+from workers.disk import NoRoomError
 from workers.manifest import Manifest
 from workers.shards import captions_path, facts_of, open_shards, read_shards, write_captions, write_shards
 
@@ -303,6 +305,24 @@ def test_processes_that_race_for_the_memory_map_get_the_data(tmp_path):
         f"{Manifest.describe(data, {}).digest[:16]}-3"
     ]
     assert not list(cache.glob(".unpacking-*"))
+
+
+def test_a_full_disk_under_the_memory_maps_is_one_line_and_leaves_nothing(tmp_path, small_disk):
+    """A map of a file with holes would be the end of the process, by SIGBUS."""
+    data = tmp_path / "data"
+    written(data, pixels(20000), rows=5000)
+    with pytest.raises(NoRoomError) as caught:
+        open_shards(data, Manifest.describe(data, {}), small_disk / "cache")
+    size = 20000 * pixels(1).images[0].nbytes
+    found = re.fullmatch(
+        r"the disk must have room for \S+train-images\.npy, got ([\d,]+) bytes free of ([\d,]+) needed; free some "
+        "and run the same command again",
+        str(caught.value),
+    )
+    assert found, caught.value
+    free, needed = (int(number.replace(",", "")) for number in found.groups())
+    assert free < size <= needed < size + 1000
+    assert not [path for path in (small_disk / "cache").iterdir() if path.is_dir()]
 
 
 def test_other_data_get_another_memory_map_and_equal_data_are_not_read_again(tmp_path):
