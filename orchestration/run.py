@@ -276,6 +276,7 @@ def join_cluster(workspace: Workspace, cleanup: ExitStack, progress: Progress, *
     cleanup.callback(_leave_cluster)
     cluster.check_resources(workspace.experiment.cluster, progress.say)
     cluster.check_shared(workspace.storage)
+    progress.shown = "starting the workers"
 
 
 def _finish(

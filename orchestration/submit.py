@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import difflib
 import json
+import logging
 import os
 import re
 import shlex
@@ -30,6 +31,7 @@ from orchestration.doctor import COMPOSE_ENV, read_env
 from orchestration.launch import in_thread
 from orchestration.mlflow_server import without_password
 
+log = logging.getLogger(__name__)
 # Of the submitter's environment, what a job is told where it is set, beside NETWORK; all else is the nodes' own.
 PASSED = (
     "MIXFLOW_WORKSPACE", "MLFLOW_TRACKING_URI", "MLFLOW_S3_ENDPOINT_URL", "AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3",
@@ -344,7 +346,8 @@ def follow(client: Any, job: str, log: Log) -> Any:
         Ray's details of the ended job.
 
     Raises:
-        OSError: the job server has not answered for a minute; the job goes on without us.
+        OSError: the job server has not answered for a minute, and the job may go on without us; or its head was started
+            anew.
         KeyboardInterrupt: at the second Ctrl-C.
     """
     to_stop = stopping = False
@@ -373,6 +376,11 @@ def follow(client: Any, job: str, log: Log) -> Any:
                 if info.status in ENDED:
                     return info
             except Exception as error:  # of requests, aiohttp and Ray: the head, or the way to it
+                if _is_unknown(client, job):
+                    raise OSError(
+                        f"the job server knows no job {job} any more, since its head was started anew; the same "
+                        "command goes on from what is kept"
+                    ) from error
                 failed_at = failed_at or time.monotonic()
                 if time.monotonic() - failed_at > PATIENCE_S:
                     raise OSError(
@@ -390,6 +398,16 @@ def follow(client: Any, job: str, log: Log) -> Any:
                 "stopping the job, so that it leaves a checkpoint, for which Ray gives it the head's "
                 "RAY_JOB_STOP_WAIT_TIME_S (3 s where it is not set); once more to leave it to Ray"
             )
+
+
+def _is_unknown(client: Any, job: str) -> bool:
+    try:
+        in_thread(partial(client.get_job_info, job), ANSWER_S)
+    except RuntimeError as error:
+        return "does not exist" in str(error)
+    except Exception:
+        log.debug("whether job %s is known cannot be asked", job, exc_info=True)
+    return False
 
 
 async def _tail(client: Any, job: str, hear: Callable[[str, int], None]) -> None:

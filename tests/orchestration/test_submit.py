@@ -229,6 +229,15 @@ def test_a_server_that_takes_connections_and_does_not_answer_is_given_up(monkeyp
     end.set()
 
 
+def test_a_job_that_a_new_head_does_not_know_is_not_waited_for() -> None:
+    class Anew(Server):
+        def get_job_info(self, job: str) -> SimpleNamespace:
+            raise RuntimeError(f"Request failed with status code 404: Job {job} does not exist.")
+
+    with pytest.raises(OSError, match="knows no job one any more, since its head was started anew"):
+        submit.follow(Anew("begun\n", ConnectionError("code 1006"), "never\n"), "one", submit.Log(False))
+
+
 def test_a_stop_while_the_server_is_away_is_sent_when_it_is_there(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
