@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import ray.train.torch
 import torch
 
 from orchestration import lease as leases
@@ -678,6 +679,27 @@ def test_restarts_are_counted_anew_where_something_was_kept(storage, monkeypatch
     assert len(started) == groups
     assert len(told.warnings) == len(started) - 1
     assert all(line.startswith("a node was lost; ") for line in told.warnings)
+
+
+@pytest.mark.parametrize("why", ["", "the disk must have room"])
+def test_a_failure_while_the_driver_ends_is_not_told_as_a_stop(storage, monkeypatch, why):
+    class Ended:
+        def __init__(self, *_: object, **__: object) -> None: ...
+
+        def fit(self) -> None:
+            raise ray.train.TrainingFailedError
+
+    class Ending(Told):
+        def __getattr__(self, name: str) -> Any:
+            known = {"is_ending": lambda: True, "refused": lambda launched: why}
+            return SimpleNamespace(remote=known[name]) if name in known else super().__getattr__(name)
+
+    workspace = workspace_of(storage)
+    monkeypatch.setattr("ray.get_actor", lambda *_: Ending())
+    monkeypatch.setattr("ray.get", lambda value: value)
+    monkeypatch.setattr("ray.train.torch.TorchTrainer", Ended)
+    with pytest.raises(RunFailedError if why else StoppedError, match=why or "what was finished is kept"):
+        launch(workspace, [], "reporter", 0)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
