@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import time
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -58,7 +60,8 @@ def checkpoint(quick: bool) -> Outcome:
         "run's checkpoint_every times a step's time here, of a bare loop. The published sizes have no recipe here: "
         f"every {Training.model_fields['checkpoint_every'].default} steps, the default, at a batch far smaller than "
         "anybody's, so that their share is an upper bound. The aim is met where either holds. `writing` happens "
-        "behind; save waits for it only if the next checkpoint comes sooner. The held-out loss stops training too. "
+        "behind; save waits for it only if the next checkpoint comes sooner; steps are slower meanwhile, on the same "
+        "cores. The held-out loss stops training too. "
         f"By size: {TENSORS} tensors of random numbers; the time to copy them bare, and the speed at which a "
         "checkpoint becomes complete (copy, files, SHA-256, files in the store, manifest) over that of a bare "
         "save_file with fsync."
@@ -73,7 +76,8 @@ def _measure(name: str, run: RunConfig, data: ImageSet, device: torch.device, sa
     bare.block(STEPS_TIMED)
     if device.type == "cuda":
         torch.cuda.synchronize()
-    between_s = run.training.checkpoint_every * (time.perf_counter() - start) / STEPS_TIMED
+    step_s = (time.perf_counter() - start) / STEPS_TIMED
+    between_s = run.training.checkpoint_every * step_s
     state = _state_of(bare)
     size_mib = sum(v.nbytes for part in (state.model, state.ema, state.optimizer) for v in part.values()) / 2**20
     blocked_ms, writing_s = [], []
@@ -88,6 +92,7 @@ def _measure(name: str, run: RunConfig, data: ImageSet, device: torch.device, sa
             if number:  # the first one warms up
                 blocked_ms.append(1000 * (saved - start))
                 writing_s.append(time.perf_counter() - saved)
+        slower = _slower(bare, state, store, saves) if min(writing_s) > 3 * step_s else []
     share = [ms / 10 / between_s for ms in blocked_ms]
     blocked = figure(f"{name} ({size_mib:.0f} MiB): save blocks", "ms", blocked_ms)
     of_time = figure(f"{name}: share of the {between_s:.0f} s between checkpoints", "%", share)
@@ -99,7 +104,29 @@ def _measure(name: str, run: RunConfig, data: ImageSet, device: torch.device, sa
         Figure(**{**vars(blocked), "aim": aim, "met": met}),
         of_time,
         figure(f"{name}: writing behind", "s", writing_s),
+        *([figure(f"{name}: a step amid writing over one after it", "%", slower)] if slower else []),
     ]
+
+
+def _slower(bare: BareLoop, state: TrainState, store: CheckpointStore, saves: int) -> list[float]:
+    """By how many per cent a step takes longer while a checkpoint is being written: median of steps of each save."""
+
+    def step_s() -> float:
+        start = time.perf_counter()
+        bare.block(1)
+        return time.perf_counter() - start
+
+    slower = []
+    for number in range(1000, 1000 + saves):
+        state.step, amid = number, list[float]()
+        store.save(state, 0.0)
+        writing = threading.Thread(target=store.wait)
+        writing.start()
+        while writing.is_alive():
+            amid.append(step_s())
+        after = [step_s() for _ in amid]
+        slower.append(100 * (median(amid) / median(after) - 1))
+    return slower
 
 
 def _by_size(mib: int, saves: int) -> list[Figure]:
