@@ -154,7 +154,7 @@ def _room(cluster: Cluster) -> str:
     if room < cluster.least_workers:
         return f"the cluster has room for {room}"
     if free < cluster.least_workers:
-        return f"the cluster has room for {room}, of which {room - free} are taken"
+        return f"of the cluster's room for {room}, {free} is free: others hold it, or they are about to begin"
     return "the cluster has room for them, and they do not begin; its logs say why (ray logs)"
 
 
@@ -184,7 +184,7 @@ def _end(pulse: Pulse, say: Callable[[str], None]) -> bool:
     """Logs the stack of a worker that hangs and kills it: Ray Train then starts the group again.
 
     Returns:
-        Whether it is gone; False if its node did not answer.
+        Whether it is gone, or its whole node; False if the node did not answer.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -197,6 +197,9 @@ def _end(pulse: Pulse, say: Callable[[str], None]) -> bool:
             end.options(num_cpus=0, scheduling_strategy=there, max_retries=0).remote(pulse.pid, pulse.born),
             timeout=NODE_ANSWERS_S,
         )
+    except ray.exceptions.TaskUnschedulableError:
+        say(f"warning: {who} has been silent for {pulse.silent_s:.0f} s, and its node is lost")
+        return True
     except ray.exceptions.RayError as error:
         say(f"warning: {who} has been silent for {pulse.silent_s:.0f} s, and its node does not answer ({error})")
         return False

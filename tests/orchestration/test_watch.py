@@ -210,7 +210,8 @@ def test_workers_that_do_not_come_are_spoken_of_again_and_again(reporter, monkey
     monkeypatch.setattr("orchestration.watch.more_room", lambda cluster: free)
     with watching(Actor(reporter), Cluster(num_workers=2), said.append):
         until(lambda: len(said) >= 2)
-        assert set(said) == {"warning: waiting for 2 workers; the cluster has room for 4, of which 3 are taken"}
+        why = "of the cluster's room for 4, 1 is free: others hold it, or they are about to begin"
+        assert set(said) == {f"warning: waiting for 2 workers; {why}"}
         free["b"] = 1
         until(lambda: "the cluster has room for them, and they do not begin" in said[-1])
         room[0] = 1
