@@ -13,11 +13,15 @@ from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+import psutil
+
 from orchestration.sections import Cluster
 from orchestration.storage import Storage
+from workers.disk import scratch_directory
 
 NAMESPACE = "mixflow"
 NODE_ANSWERS_S = 30.0  # a node that is gone is Ray's to find
+STARTS, PROBE = 3, 2**20  # of Ray on this machine; bytes that its disk must take
 JOINING_S = 60.0  # for the nodes of a cluster that was started a moment ago
 # glibc would give the pages of every tensor back to the system and fetch new ones for the next: a tenth of the time.
 MEMORY = {"MALLOC_MMAP_THRESHOLD_": "33554432", "MALLOC_TRIM_THRESHOLD_": "536870912"}
@@ -98,8 +102,34 @@ def connect(environment: dict[str, str], *, dashboard: bool = False) -> None:
         # Without one Ray still names port 8265 as its dashboard's, and the cleaner would ask whoever is there: another
         # cluster of the machine, which knows no such run and has it ended.
         options["dashboard_port"] = None if dashboard else _free_port()
-        with _signals_kept():
-            ray.init(address="local", include_dashboard=dashboard, object_store_memory=256 * 2**20, **options)
+        _start_here(variables, include_dashboard=dashboard, object_store_memory=256 * 2**20, **options)
+
+
+def _start_here(variables: dict[str, str], **options: Any) -> None:
+    """Starts Ray on this machine, again where it takes longer than the 30 s that Ray allows itself."""
+    import ray
+
+    with scratch_directory(PROBE) as scratch:
+        (scratch / "probe").write_bytes(bytes(PROBE))  # Ray's own files lie beside it, and it does not say so
+    for _ in range(STARTS):
+        there = {process.pid for process in psutil.Process().children()}
+        try:
+            with _signals_kept():
+                ray.init(address="local", **options)
+            return
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+            cause = error
+            for process in psutil.Process().children():
+                if process.pid not in there:
+                    process.kill()
+            ray.shutdown()
+            variables["RAY_ADDRESS"] = _local_address()
+    raise OSError(
+        f"Ray did not start on this machine within 30 s, {STARTS} times; it is busy: the same command goes on when it "
+        "is less so"
+    ) from cause
 
 
 @contextmanager
@@ -108,6 +138,10 @@ def _signals_kept() -> Iterator[None]:
     before = signal.getsignal(signal.SIGTERM)
     try:
         yield
+    except SystemExit as ended:
+        if ended.code == signal.SIGTERM and callable(before):
+            raise KeyboardInterrupt from ended  # by Ray's handler, while it starts
+        raise
     finally:
         if callable(before) and threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGTERM, before)

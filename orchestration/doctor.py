@@ -8,6 +8,7 @@ import platform
 import secrets
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from importlib import metadata
@@ -16,6 +17,7 @@ from typing import Any
 
 from orchestration import cluster, mlflow_server, nodes
 from orchestration.run import open_workspace
+from workers.disk import room_for
 
 GIB = 2**30
 COMPOSE_ENV = Path("docker/.env")  # beside docker/compose.yaml, where Compose looks for it
@@ -27,7 +29,9 @@ def examine(environment: Mapping[str, str]) -> list[dict[str, Any]]:
         _finding("python", lambda: f"{platform.python_version()} at {sys.executable}"),
         _finding("packages", _packages),
         _finding("clock", _clock),
-        _finding("disk", lambda: f"{shutil.disk_usage('.').free / GIB:.1f} GiB free here"),
+        _finding(
+            "disk", lambda: f"{_free('.')} GiB free here, {_free(tempfile.gettempdir())} in {tempfile.gettempdir()}"
+        ),
         _finding("gpu", _gpus),
         _finding("ray", lambda: _ray(environment)),
         _finding("storage", _storage),
@@ -112,6 +116,10 @@ def _mlflow() -> str:
     return f"{mlflow_server.ui_command(uri)} shows the runs"
 
 
+def _free(place: str) -> str:
+    return f"{shutil.disk_usage(place).free / GIB:.1f}"
+
+
 def init_env(path: Path = COMPOSE_ENV) -> dict[str, Any]:
     """Writes the file of passwords that docker/compose.yaml reads, for its owner's eyes only.
 
@@ -132,8 +140,12 @@ def init_env(path: Path = COMPOSE_ENV) -> dict[str, Any]:
             f"{path} must not be there yet, got one, with passwords that the cluster's volumes may know; keep it, or "
             "delete it with them (docker compose -f docker/compose.yaml down -v)"
         ) from error
-    with open(descriptor, "w") as file:
-        file.write(text)
+    try:
+        with room_for(path, len(text)), open(descriptor, "w") as file:
+            file.write(text)
+    except BaseException:
+        path.unlink()
+        raise
     return {"written": str(path)}
 
 

@@ -237,6 +237,8 @@ def open_storage(uri: str, patience: Patience = PATIENT) -> Storage:
         return S3Storage(parts.netloc, clean(parts.path.strip("/")), patience)
     if parts.scheme == "file" and parts.netloc in ("", "localhost") and parts.path.startswith("/"):
         return LocalStorage(Path(os.path.abspath(unquote(parts.path))))
+    if parts.scheme == "s3":
+        rule += ", a bucket of 3 to 63 small letters, digits, dots and hyphens"
     raise ValueError(f"{rule}, got {uri!r}; correct the URI")
 
 

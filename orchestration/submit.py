@@ -30,6 +30,7 @@ from orchestration.cluster import NETWORK
 from orchestration.doctor import COMPOSE_ENV, read_env
 from orchestration.launch import in_thread
 from orchestration.mlflow_server import without_password
+from orchestration.storage import open_storage
 
 log = logging.getLogger(__name__)
 # Of the submitter's environment, what a job is told where it is set, beside NETWORK; all else is the nodes' own.
@@ -43,6 +44,7 @@ VERBS = (
 PACKAGES = ("mixflow_core", "workers", "orchestration")
 LARGEST_PACKAGE = 20 * 2**20  # bytes; the sources are 1 MiB, and every node of the cluster fetches the package
 SECRET = re.compile(r"(SECRET|PASSWORD|TOKEN|ACCESS_KEY)(?!.*_(PATH|FILE)$)")
+RAYS_TOKEN = Path("~/.ray/auth_token")  # where it lies, Ray's clusters ask for it
 PATIENCE_S = 60.0  # for a job server that does not answer, before the job is left to itself
 ANSWER_S = 20.0  # for one answer, on which Ray's client sets no limit
 UPLOADED_S = 300.0  # for the package to arrive
@@ -76,7 +78,7 @@ def submit(
         package = Path(tempfile.mkdtemp(prefix="mixflow-job-"))
         cleanup.callback(shutil.rmtree, package)
         entrypoint = shlex.join(["python", "-m", "orchestration", *pack(arguments, package)])
-        refuse_secrets([entrypoint, *arguments, *variables.values()], os.environ)  # quoting may hide a value
+        refuse_secrets([entrypoint, *arguments, *variables.values()], _known())  # quoting may hide a value
         environment: dict[str, Any] = {"working_dir": str(package)}
         if variables:
             environment["env_vars"] = variables
@@ -124,11 +126,21 @@ def passed(environ: Mapping[str, str]) -> dict[str, str]:
                 f"{name} must hold no password or token in a job, got one, which Ray would show to everybody; leave it "
                 "to the nodes' own environment (MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, AWS_*)"
             )
-    workspace = found.get("MIXFLOW_WORKSPACE", "s3://")
+    workspace = found.get("MIXFLOW_WORKSPACE", "/")
     if not workspace.startswith(("s3://", "/", "file:")):
         raise ValueError(
             "MIXFLOW_WORKSPACE must be an s3:// URI or an absolute path on a shared disk in a job, got "
             f"{workspace!r}; unset it to use the nodes' own"
+        )
+    try:
+        open_storage(workspace)
+    except ValueError as error:
+        raise ValueError(f"MIXFLOW_WORKSPACE: {error}") from error
+    tracking = found.get("MLFLOW_TRACKING_URI", "")
+    if re.match(r"(sqlite:///|file:(//)?)(?!/)", tracking) or not re.match(r"/|[a-z0-9+]+:|databricks$|$", tracking):
+        raise ValueError(
+            f"MLFLOW_TRACKING_URI must be a server or an absolute path in a job, got {tracking!r}; unset it to use the "
+            "nodes' own"
         )
     return found
 
@@ -161,12 +173,18 @@ def refuse_secrets(shown: Sequence[str], environ: Mapping[str, str]) -> None:
             )
 
 
+def _known() -> dict[str, str]:
+    """The environment, with what docker/.env holds."""
+    return {**(read_env(COMPOSE_ENV) if COMPOSE_ENV.is_file() else {}), **os.environ}
+
+
 def check_verb(command: Sequence[str]) -> None:
     """Whether it begins with the verb of a job; ValueError otherwise."""
     if not command or command[0] not in VERBS:
         close = difflib.get_close_matches(command[0], VERBS, n=1) if command else []
         got = repr(command[0]) if command else "nothing"
-        mend = f"did you mean {close[0]!r}?" if close else "run others here"
+        is_other = got in ("'import'", "'export'")
+        mend = f"did you mean {close[0]!r}?" if close and not is_other else "run others here"
         raise ValueError(f"the verb of a job must be one of {', '.join(VERBS)}, got {got}; {mend}")
 
 
@@ -218,7 +236,7 @@ def _copy(file: str, package: Path) -> str:
     target = package / (source if inside else source.name)
     if target.exists() and target.read_bytes() != source.read_bytes():
         raise ValueError(f"{file} and another file of this name must not both go into a job; rename one")
-    refuse_secrets([source.read_text()], os.environ)
+    refuse_secrets([source.read_text()], _known())
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(source, target)
     return file if inside else source.name
@@ -242,7 +260,7 @@ def job_server(address: str | None, *, look: bool = True) -> str:
         where = f"http://127.0.0.1:{compose.get('RAY_DASHBOARD_PORT', 8265)}"
         if "RAY_AUTH_TOKEN" in compose and "RAY_AUTH_TOKEN_PATH" not in environ:
             environ.setdefault("RAY_AUTH_TOKEN", compose["RAY_AUTH_TOKEN"])
-    if environ.get("RAY_AUTH_TOKEN") or environ.get("RAY_AUTH_TOKEN_PATH"):
+    if environ.get("RAY_AUTH_TOKEN") or environ.get("RAY_AUTH_TOKEN_PATH") or RAYS_TOKEN.expanduser().is_file():
         environ.setdefault("RAY_AUTH_MODE", "token")  # Ray's job client has it off even where there is a token
     kind = where.partition("://")[0] if "://" in where else ""
     if kind not in ("", "http", "https", "ray"):
@@ -263,7 +281,7 @@ def job_server(address: str | None, *, look: bool = True) -> str:
 
 
 def _client(address: str) -> Any:
-    from ray.exceptions import AuthenticationError
+    from ray.exceptions import AuthenticationError, RayError
     from ray.job_submission import JobSubmissionClient
 
     try:
@@ -271,9 +289,9 @@ def _client(address: str) -> Any:
     except AuthenticationError as error:
         raise ValueError(
             f"RAY_AUTH_TOKEN must be the token of the cluster at {address}, got another or none; set it or "
-            "RAY_AUTH_TOKEN_PATH"
+            f"RAY_AUTH_TOKEN_PATH, or copy the head's {RAYS_TOKEN}"
         ) from error
-    except (ConnectionError, RuntimeError, TimeoutError) as error:
+    except (ConnectionError, RuntimeError, TimeoutError, RayError) as error:
         reason = " ".join(str(error).split()) or f"it does not answer within {ANSWER_S:g} s"
         raise ValueError(
             f"--address must be Ray's job server, got {without_password(address)!r} ({reason[:160]}); correct it"

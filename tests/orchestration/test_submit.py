@@ -1,6 +1,7 @@
 """`mixflow submit`: what is packaged and told, and what becomes of the job on a real Ray head with a token."""
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -105,6 +106,12 @@ def test_an_experiment_from_elsewhere_comes_to_the_top(directory: Path) -> None:
             {},
             "data.shards must be an s3:// URI or an absolute path on a disk that all nodes see in a job, got './mine'",
         ),
+        (["plan", "quickstart"], {"MIXFLOW_WORKSPACE": "s3://"}, "MIXFLOW_WORKSPACE: storage must be a local path"),
+        (["plan", "quickstart"], {"MIXFLOW_WORKSPACE": "file:rel"}, "MIXFLOW_WORKSPACE: storage must be a local path"),
+        (["plan", "quickstart"], {"MLFLOW_TRACKING_URI": "sqlite:///rel.db"}, "a server or an absolute path in a job"),
+        (["plan", "quickstart"], {"MLFLOW_TRACKING_URI": "file:mlruns"}, "a server or an absolute path in a job"),
+        (["plan", "quickstart"], {"MLFLOW_TRACKING_URI": "mlruns"}, "MLFLOW_TRACKING_URI must be a server"),
+        (["import", "a", "b"], {}, "got 'import'; run others here"),
         (
             ["run", "quickstart", "--set", f"data={{shards: 's3://key:{PLANTED}@bucket/x'}}"],
             {},
@@ -300,6 +307,29 @@ def test_the_document_at_the_end_of_a_log(size: int, capsys: pytest.CaptureFixtu
         log.take(text[: start + size], 0)  # read again from the beginning, as after a broken connection
     assert log.document() == {"a": {"b": 1}}
     assert capsys.readouterr().out == "said\n{\nnot a document\nlast words\n"
+
+
+def test_the_passwords_of_compose_are_secrets_too(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (directory / "docker").mkdir()
+    (directory / "docker" / "compose.yaml").write_text("")
+    init_env()
+    password = read_env(directory / "docker" / ".env")["MLFLOW_ADMIN_PASSWORD"]
+    assert main(["submit", "--dry-run", "--", "run", "quickstart", "--set", f"name={password}"]) == 2
+    assert "the value of MLFLOW_ADMIN_PASSWORD must not be part of a job" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_no_empty_file_of_passwords(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(small_disk)
+    (small_disk / "docker").mkdir()
+    (small_disk / "docker" / "compose.yaml").write_text("")
+    with (small_disk / "filling").open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    assert main(["doctor", "--init-env"]) == 1
+    assert "the disk must have room for docker/.env, got" in capsys.readouterr().err
+    assert not (small_disk / "docker" / ".env").exists()
 
 
 def test_init_env_writes_passwords_once(directory: Path, capsys: pytest.CaptureFixture[str]) -> None:
