@@ -1,6 +1,6 @@
 """What `mixflow doctor` refuses of a cluster's nodes: each fault on one node of two, by probes in this process."""
 
-from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,26 +10,29 @@ from orchestration.storage import Storage, open_storage
 
 
 class Local(Probes):
-    """Two nodes, whose probes are plain objects."""
+    """Two nodes, whose probes are plain objects that are called as actors are; `ray.get` is the identity here."""
 
     def __init__(self, first: Probe, second: Probe, gpus: int = 0) -> None:
         there = {"Resources": {"CPU": 1.0, "GPU": float(gpus)}, "NodeManagerAddress": "127.0.0.1"}
-        self.probes: dict[str, Any] = {"first": first, "second": second}
+        self.probes: dict[str, Any] = {"first": Called(first), "second": Called(second)}
         self.nodes = dict.fromkeys(self.probes, there)
 
     def _start(self, node: str, num_gpus: int = 0) -> Any:
         return self.probes[node]
 
-    def _ask(
-        self,
-        method: str,
-        *,
-        of: dict[str, Any] | None = None,
-        only: str = "",
-        each: Callable[[int], tuple[Any, ...]] = lambda rank: (),
-    ) -> dict[str, Any]:
-        asked = [(name, probe) for name, probe in (of or self.probes).items() if only in ("", name)]
-        return {name: getattr(probe, method)(*each(rank)) for rank, (name, probe) in enumerate(asked)}
+
+class Called:
+    def __init__(self, probe: Probe) -> None:
+        self.probe = probe
+
+    def __getattr__(self, name: str) -> Any:
+        return SimpleNamespace(remote=getattr(self.probe, name))
+
+
+@pytest.fixture(autouse=True)
+def ray_in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ray.wait", lambda calls, **_: (calls, []))
+    monkeypatch.setattr("ray.get", lambda call: call)
 
 
 def look(probes: Probes, what: str, storage: Storage | None = None, uri: str = "") -> str:
