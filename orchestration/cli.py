@@ -45,7 +45,7 @@ VERBS = (*STAGE_VERBS, "sweep", "plan", "report", "import", "export", "replay", 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one verb; returns 0 (done), 1 (the run failed) or 2 (wrong input)."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parsed(argv)
     arguments.json |= "--json" in getattr(arguments, "command", ())
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
     if not arguments.debug:
@@ -139,6 +139,15 @@ class _Parser(argparse.ArgumentParser):
             message = f"unknown verb {verb[1]!r}{nearest} known are {', '.join(VERBS)}"
         _say(f"error: {self.prog}: {message}; see {self.prog} --help")
         sys.exit(WRONG_INPUT)
+
+
+def _parsed(argv: Sequence[str] | None, hint: str = "") -> argparse.Namespace:
+    parser = _parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    if unknown:
+        parser.prog = f"mixflow {arguments.verb}"
+        parser.error(f"no such options: {' '.join(unknown)}{hint}")
+    return arguments
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -490,13 +499,13 @@ def _replay(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def _submit(arguments: argparse.Namespace) -> dict[str, Any]:
     from orchestration.recipe import load, relative_paths
-    from orchestration.submit import check_verb, refuse_secrets, submit
+    from orchestration.submit import check_verb, known_environment, refuse_secrets, submit
     from orchestration.trials import check_space
 
     command = arguments.command[1:] if arguments.command[:1] == ["--"] else arguments.command
     check_verb(command)
-    refuse_secrets(command, os.environ)  # before any message quotes it
-    its = _parser().parse_args(command)
+    refuse_secrets(command, known_environment())  # before any message quotes it
+    its = _parsed(command, " (submit's own go before its verb)")
     if its.verb in (*STAGE_VERBS, "sweep"):  # what is wrong in the words is said here, not by a job minutes later
         overrides = [*its.overrides, *_checkpoint(its)]
         experiment = load(its.experiment, overrides, getattr(its, "space", ()))

@@ -78,7 +78,7 @@ def submit(
         package = Path(tempfile.mkdtemp(prefix="mixflow-job-"))
         cleanup.callback(shutil.rmtree, package)
         entrypoint = shlex.join(["python", "-m", "orchestration", *pack(arguments, package)])
-        refuse_secrets([entrypoint, *arguments, *variables.values()], _known())  # quoting may hide a value
+        refuse_secrets([entrypoint, *arguments, *variables.values()], known_environment())  # quoting may hide a value
         environment: dict[str, Any] = {"working_dir": str(package)}
         if variables:
             environment["env_vars"] = variables
@@ -173,7 +173,7 @@ def refuse_secrets(shown: Sequence[str], environ: Mapping[str, str]) -> None:
             )
 
 
-def _known() -> dict[str, str]:
+def known_environment() -> dict[str, str]:
     """The environment, with what docker/.env holds."""
     return {**(read_env(COMPOSE_ENV) if COMPOSE_ENV.is_file() else {}), **os.environ}
 
@@ -236,7 +236,7 @@ def _copy(file: str, package: Path) -> str:
     target = package / (source if inside else source.name)
     if target.exists() and target.read_bytes() != source.read_bytes():
         raise ValueError(f"{file} and another file of this name must not both go into a job; rename one")
-    refuse_secrets([source.read_text()], _known())
+    refuse_secrets([source.read_text()], known_environment())
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(source, target)
     return file if inside else source.name

@@ -146,6 +146,22 @@ def test_an_address_is_shown_without_its_password(capsys: pytest.CaptureFixture[
     assert "--address must be Ray's job server, http://host:8265, got 'http://admin:***@127.0.0.1:9'" in err
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train", "quickstart", "--nonsense"], "mixflow train: no such options: --nonsense; see mixflow train --help"),
+        (
+            ["submit", "train", "quickstart", "--dry-run"],
+            "mixflow train: no such options: --dry-run (submit's own go before its verb); see mixflow train --help",
+        ),
+    ],
+)
+def test_options_that_a_verb_does_not_have(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(words)
+    assert capsys.readouterr().err == f"error: {says}\n"
+
+
 class Server:
     """A job server as `follow` sees it: what `steps` says happens at each look at the log, in turn."""
 
