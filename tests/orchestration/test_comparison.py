@@ -43,7 +43,9 @@ class Tracked:
             self.summaries[name] = json.loads(json.dumps(summarise(made.workspace)))
             keep = directory / name / "workspace" / "mlartifacts"
             for path in (directory / name / "workspace").iterdir():
-                if path != keep:
+                if path.is_file():
+                    path.unlink()
+                elif path != keep:
                     shutil.rmtree(path)
 
 

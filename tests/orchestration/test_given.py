@@ -75,7 +75,8 @@ def test_alignment_is_switched_off_without_a_dinov2(refused):
     ],
 )
 def test_a_uri_of_another_kind(refused, family, setting, uri):
-    rule = f"{setting} must be a local path, file:///path or s3://bucket/prefix, got {uri!r}; correct the URI"
+    names = ", a bucket of 3 to 63 small letters, digits, dots and hyphens" if uri.startswith("s3") else ""
+    rule = f"{setting} must be a local path, file:///path or s3://bucket/prefix{names}, got {uri!r}; correct the URI"
     assert refused(family, f"{setting}={uri}") == rule
 
 
