@@ -101,7 +101,7 @@ def play(seed: int, name: str, wanted: Wanted, scratch: Path) -> dict[str, Any]:
     for service in services:
         assert goes_on(run, len(steps_told(run))), run.said()
         time.sleep(numbers.uniform(0, WITHIN_S))
-        began, told = restarts(run), len(steps_told(run))
+        began = restarts(run)
         killed.append(kill(service, numbers))
     start = time.monotonic()
     if "head" in services:
